@@ -1,0 +1,32 @@
+"""Cut a ticket into a smaller network, verify that it computes the same function, and save it."""
+
+from __future__ import annotations
+
+import argparse
+
+from .output import emit, table
+
+EXAMPLES = """  deploy-sparse compact runs/imp_refill-resnet_digits/ticket --out compact
+  deploy-sparse compact my_ticket --target rtx-sm89 --out compact
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ticket", help="a ticket's folder")
+    parser.add_argument("--out", required=True, help="folder to write: plan.json and compact.safetensors")
+    parser.add_argument("--target", help="round widths up to the multiple this target likes")
+
+
+def execute(options: argparse.Namespace) -> int:
+    from ..api import compact
+
+    made = compact(options.ticket, target=options.target)
+    made.save(options.out)
+    summary = made.plan.summary()
+
+    def text() -> str:
+        columns, rows = made.plan.layer_table()
+        return "\n".join([table(columns, rows), "", *made.plan.notes(), str(made.parity), f"written to {options.out}"])
+
+    emit(options, {"folder": options.out, **summary}, text)
+    return 0

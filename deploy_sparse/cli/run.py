@@ -1,0 +1,71 @@
+"""Run a recipe. Any key of its configuration can be given as --key value; see them with: deploy-sparse cat RECIPE."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from .output import emit, key_values, result_text
+
+EXAMPLES = """  deploy-sparse run imp_refill --config resnet_digits
+  deploy-sparse run imp_refill --config resnet_digits --seed 1 --fit.epochs 20 --out runs/second
+  deploy-sparse run imp_refill --config resnet_digits --resume
+  deploy-sparse run ./my_recipe.py --config my.toml
+"""
+TAKES_OVERRIDES = True
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a recipe's name (deploy-sparse ls) or file")
+    parser.add_argument("--config", help="a config's name or TOML file; the recipe's defaults without it")
+    parser.add_argument("--out", help="run folder; runs/<recipe>-<config> by default")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in the folder, or start it if there is none"
+    )
+
+
+def execute(options: argparse.Namespace) -> int:
+    from ..errors import Interrupted
+    from ..train.console import Console
+    from ..train.interrupt import Interrupts
+    from ..train.run import open_run
+    from .catalog import find_config, find_recipe, load_config, load_recipe
+
+    recipe = find_recipe(options.recipe)
+    file = find_config(recipe, options.config) if options.config else None
+    module = load_recipe(recipe)
+    config, _ = load_config(module, file, options.overrides)
+    module.check(config)
+    folder = Path(options.out or f"runs/{recipe.name}-{file.stem if file else 'default'}")
+    command = _resume_command(options)
+    with Interrupts(command) as interrupts:
+        opened = open_run(
+            folder, recipe.name, config.model_dump(mode="json"),
+            resume=options.resume, command=command, console=Console(), poll=interrupts.poll,
+        )  # fmt: skip
+        try:
+            with opened as run:
+                result = module.main(config, run)
+                run.finish(result)
+        except KeyboardInterrupt:  # a library called back into its own handler
+            interrupts.poll()
+            raise Interrupted("stopped by SIGINT", signal_number=2, fix=command) from None
+    emit(options, {"folder": str(folder), **result}, lambda: _text(folder, result))
+    return 0
+
+
+def _text(folder: Path, result: Mapping[str, Any]) -> str:
+    shown = {key: value for key, value in result.items() if isinstance(value, str | int)}
+    return f"\n{result_text(result)}\n\n{key_values({'run folder': folder, **shown})}"
+
+
+def _resume_command(options: argparse.Namespace) -> str:
+    words = ["deploy-sparse", "run", options.recipe]
+    for option in ("config", "out"):
+        if value := getattr(options, option):
+            words += [f"--{option}", value]
+    words += [*options.overrides, "--resume"]
+    return " ".join(quote(word) for word in words)

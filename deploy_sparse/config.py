@@ -1,0 +1,196 @@
+"""Configurations: defaults < TOML file < command line, strict at every level, printed back with origins.
+
+A configuration is a :class:`Config` subclass (frozen, typed by pydantic). Unknown keys are refused with the nearest
+known name; values are refused with what the field accepts.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from .errors import ConfigError, nearest
+
+
+class Config(BaseModel):
+    """Base of every configuration and target: immutable, unknown keys forbidden, numbers finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+C = TypeVar("C", bound=Config)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file.
+
+    Raises:
+        ConfigError: missing, unreadable or not TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist", expected="a TOML file", fix="check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise ConfigError(f"{path} is not valid TOML: {problem}", expected="TOML", fix="mend that line") from None
+    except OSError as problem:
+        raise ConfigError(
+            f"{path} cannot be read ({problem.strerror})", expected="a readable TOML file", fix="check the path"
+        ) from None
+
+
+def config_from(kind: type[C], *layers: Mapping[str, Any], source: str = "the configuration") -> C:
+    """Build ``kind`` from nested dictionaries, later ones winning key by key.
+
+    Raises:
+        ConfigError: an unknown key, a missing one, or a value out of range; ``source`` names where to mend it.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = _merge(merged, layer)
+    try:
+        return kind.model_validate(merged)
+    except ValidationError as problem:
+        raise _readable(kind, problem.errors()[0], source) from None
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """``["--fit.epochs", "3", "--seed=1"]`` as ``{"fit": {"epochs": "3"}, "seed": "1"}``.
+
+    Values stay text and are converted by the field they meet; lists and tables are read as TOML. ``-`` and ``_`` in
+    keys are the same.
+
+    Raises:
+        ConfigError: an argument that is no ``--key value`` pair.
+    """
+    result: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        key, equals, value = argument.partition("=")
+        if not key.startswith("--") or len(key) == 2:
+            raise ConfigError(
+                f"{argument!r} is no option", expected="--key value, for example --fit.epochs 3", fix="add the key"
+            )
+        if not equals:
+            if not rest:
+                raise ConfigError(f"{key} has no value", expected=f"{key} VALUE", fix="add the value")
+            value = rest.pop(0)
+        node = result
+        *parents, leaf = key[2:].replace("-", "_").split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(
+                    f"{key} goes into {parent!r}, which another option set to one value",
+                    expected="each key given once, as a value or as a table",
+                    fix="drop one of the two options",
+                )
+        node[leaf] = _value(value)
+    return result
+
+
+def keys_of(kind: type[Config], prefix: str = "") -> dict[str, tuple[str, Any, str]]:
+    """Every dotted key of a configuration: its type as text, its default and its description."""
+    found: dict[str, tuple[str, Any, str]] = {}
+    for name, field in kind.model_fields.items():
+        nested = _nested(field.annotation)
+        if nested is not None:
+            found |= keys_of(nested, f"{prefix}{name}.")
+        else:
+            default = None if field.is_required() else field.get_default(call_default_factory=True)
+            annotation = field.annotation
+            text = annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
+            found[f"{prefix}{name}"] = (text.replace("typing.", ""), default, field.description or "")
+    return found
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a nested dictionary, in order."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines ``key: old -> new`` for every dotted key whose value differs."""
+    left, right = dict(flatten(old)), dict(flatten(new))
+    return [
+        f"{key}: {left.get(key, 'absent')} -> {right.get(key, 'absent')}"
+        for key in sorted({*left, *right})
+        if left.get(key, "absent") != right.get(key, "absent")
+    ]
+
+
+def toml_text(values: Mapping[str, Any]) -> str:
+    """``values`` as a TOML document; None values are left out, as TOML has no null."""
+    plain = [f"{k} = {_toml_value(v)}" for k, v in values.items() if v is not None and not isinstance(v, Mapping)]
+    lines = plain
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            lines += ["", f"[{key}]", *_table_lines(key, value)]
+    return "\n".join(lines).strip() + "\n"
+
+
+def _table_lines(path: str, values: Mapping[str, Any]) -> list[str]:
+    lines = [f"{k} = {_toml_value(v)}" for k, v in values.items() if v is not None and not isinstance(v, Mapping)]
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            lines += ["", f"[{path}.{key}]", *_table_lines(f"{path}.{key}", value)]
+    return lines
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    return json.dumps(value)  # strings, numbers and booleans look the same in JSON and TOML
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _value(text: str) -> Any:
+    if text[:1] not in ("[", "{"):
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _nested(annotation: Any) -> type[Config] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Config):
+            return candidate
+    return None
+
+
+def _readable(kind: type[Config], detail: ErrorDetails, source: str) -> ConfigError:
+    path = [str(part) for part in detail["loc"]]
+    key = ".".join(path)
+    if detail["type"] == "extra_forbidden":
+        known = list(keys_of(kind))
+        siblings = [k for k in known if k.split(".")[:-1] == path[:-1]] or known
+        hint = nearest(key, siblings) or nearest(key, known) or nearest(path[-1], known)
+        return ConfigError(
+            f"unknown key {key!r} in {source}", expected=f"one of {', '.join(siblings)}", fix=f"{hint}mend the key"
+        )
+    if detail["type"] == "missing":
+        return ConfigError(f"{key!r} is missing in {source}", expected="a value for it", fix=f"add it: --{key} VALUE")
+    message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return ConfigError(
+        f"{key} = {detail['input']!r} in {source}", expected=message, fix=f"choose another value: --{key} VALUE"
+    )

@@ -1,0 +1,251 @@
+"""TensorRT and TensorRT-RTX behind one code path: the only module that imports either, and only when asked.
+
+Versions 10.16, 11.x and RTX differ in flags that came and went; those are looked up with ``hasattr``. Networks are
+strongly typed throughout: number formats come from the ONNX graph and are never chosen by the compiler.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from ..errors import BuildError, MissingDependencyError
+from .target import Target, list_targets
+from .tensors import TensorSpec
+
+log = logging.getLogger("deploy_sparse.tensorrt")
+
+_IMPORT_NAMES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "BOOL": "bool", "FP8": "float8", "FP4": "float4"}
+_ONE_AT_A_TIME = threading.Lock()  # concurrent builds in one process have crashed TensorRT 10.16
+_errors: deque[str] = deque(maxlen=20)  # what TensorRT said last, since the start of a build
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The GPU of this machine; ``capability`` is for example ``"SM89"``."""
+
+    name: str
+    capability: str
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A serialized engine, and the number formats of the network it was compiled from."""
+
+    plan: bytes
+    float_types: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why an engine cannot run here, and what to do: ``fix``, for which ``target`` (None: not by a build)."""
+
+    reason: str
+    expected: str
+    fix: str
+    target: str | None
+
+
+def library(runtime: str) -> Any:
+    """The Python module of ``"tensorrt"`` or ``"tensorrt-rtx"``.
+
+    Raises:
+        MissingDependencyError: not installed, or its shared libraries do not load.
+    """
+    extra = _EXTRAS[runtime]
+    note = "" if runtime == "tensorrt-rtx" else " (pip fetches its libraries from NVIDIA's own package index)"
+    try:
+        return importlib.import_module(_IMPORT_NAMES[runtime])
+    except (ImportError, OSError) as problem:
+        state = "is not installed" if isinstance(problem, ModuleNotFoundError) else f"does not load ({problem})"
+        raise MissingDependencyError(
+            f"{runtime} {state}",
+            expected=f"the optional library {runtime}; targets with runtime onnxruntime need none",
+            fix=f'pip install "deploy-sparse[{extra}]"{note}',
+        ) from problem
+
+
+def local_gpu() -> Gpu | None:
+    """The first NVIDIA GPU of this machine, or None."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(0)
+    return Gpu(torch.cuda.get_device_name(0), f"SM{major}{minor}")
+
+
+def process_logger(runtime: str) -> Any:
+    """The one TensorRT logger of this process (a second one would be ignored); it feeds Python's logging.
+
+    Errors are collected rather than printed: they come back in exceptions. TensorRT's error recorder would do the
+    same, but destroying a network that has one ends TensorRT-RTX 1.7 with a segmentation fault.
+    """
+    return _logger(library(runtime))
+
+
+def data_type_name(dtype: Any) -> str:
+    """NumPy's name of a TensorRT data type, for example ``"float32"``."""
+    return str(_DTYPES.get(dtype.name, dtype.name.lower()))
+
+
+def compile_onnx(graph: bytes, target: Target, inputs: Sequence[TensorSpec]) -> Compiled:
+    """Compile the bytes of an ONNX file for a TensorRT target.
+
+    Args:
+        inputs: the graph's inputs; dynamic batch axes get the target's batch range.
+
+    Raises:
+        MissingDependencyError: the library is not installed.
+        BuildError: full TensorRT without a GPU, an operator TensorRT does not take, or a failed compilation.
+    """
+    trt = library(target.runtime)
+    if target.runtime == "tensorrt" and local_gpu() is None:
+        raise BuildError(
+            f"target {target.name!r} compiles for the GPU of this machine, which has none",
+            expected="an NVIDIA GPU and its driver",
+            fix="build on the machine that will run it, or take a target that compiles without a GPU: rtx-portable",
+        )
+    with _ONE_AT_A_TIME:
+        _errors.clear()
+        builder = trt.Builder(_logger(trt))
+        network = builder.create_network(_network_flags(trt))
+        _parse(trt, network, graph, target)
+        config = _builder_config(trt, builder, target)
+        _add_profile(builder, config, network, inputs, target)
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise BuildError(
+                f"{_label(trt)} could not compile the network for {target.name!r}: {last_errors()}",
+                expected="a network the compiler supports on this target",
+                fix="try rtx-portable or a smaller batch range; replace the layer it names",
+            )
+        return Compiled(bytes(plan), _float_types(network))
+
+
+def last_errors() -> str:
+    """What TensorRT logged as errors since the last build began, in one line."""
+    return "; ".join(dict.fromkeys(_errors))[:600] or "it gave no reason"
+
+
+def obstacle(manifest: Mapping[str, Any]) -> Obstacle | None:
+    """Why the engine with this manifest cannot run on this machine, or None. Decided before touching the engine."""
+    runtime, version = manifest["runtime"]["name"], manifest["runtime"]["version"]
+    own = manifest["target"]["name"]
+    gpu = local_gpu()
+    if gpu is None:
+        fix = "load it on a machine with that GPU, or build for the CPU of this one"
+        return Obstacle("no NVIDIA GPU", "an NVIDIA GPU and its driver", fix, "cpu")
+    try:
+        here = str(library(runtime).__version__)
+    except MissingDependencyError as problem:
+        return Obstacle(problem.given, problem.expected, problem.fix, None)
+    if here != version:
+        expected = f"{runtime} {version}: engines are not portable across versions"
+        return Obstacle(f"{runtime} {here}", expected, "build it again here", own)
+    wanted, tuned_on = manifest["compute_capabilities"], manifest["gpu"]
+    if wanted and gpu.capability not in wanted:
+        close = f"rtx-{gpu.capability.lower()}"
+        better = own if runtime == "tensorrt" else close if close in list_targets() else "rtx-portable"
+        expected = f"a GPU of {', '.join(wanted)}"
+        return Obstacle(f"{gpu.name} ({gpu.capability})", expected, "build it for this GPU", better)
+    if tuned_on and tuned_on["name"] != gpu.name:
+        return Obstacle(gpu.name, f"a {tuned_on['name']}, which it was tuned on", "build it again here", own)
+    return None
+
+
+def _network_flags(trt: Any) -> int:
+    """Strongly typed: an option on 10.x, the only kind on 11.x and RTX."""
+    if trt.__name__ == "tensorrt" and int(trt.__version__.split(".")[0]) < 11:
+        return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    return 0
+
+
+def _parse(trt: Any, network: Any, graph: bytes, target: Target) -> None:
+    parser = trt.OnnxParser(network, _logger(trt))
+    if parser.parse(graph):
+        return
+    problems = [parser.get_error(index) for index in range(parser.num_errors)]
+    nodes = [f"node {p.node_name() or p.node()!r} ({p.node_operator()}): {p.desc()}" for p in problems]
+    raise BuildError(
+        f"{_label(trt)} does not accept the graph for {target.name!r}: {'; '.join(nodes) or last_errors()}",
+        expected="operators that TensorRT's ONNX parser supports",
+        fix="replace that operator in the module, or take target cpu",
+    )
+
+
+def _builder_config(trt: Any, builder: Any, target: Target) -> Any:
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.avg_timing_iterations = 8  # the API's default of 1 picks noisier kernels
+    config.builder_optimization_level = target.builder_level
+    if not target.tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default
+    if target.workspace_mib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, target.workspace_mib << 20)
+    if hasattr(config, "num_compute_capabilities"):  # RTX; zero means its portable set
+        config.num_compute_capabilities = len(target.compute_capabilities)
+        for index, name in enumerate(target.compute_capabilities):
+            capability = getattr(trt.ComputeCapability, name, None)
+            if capability is None:
+                raise BuildError(
+                    f"{_label(trt)} does not know compute capability {name}",
+                    expected=f"one of {', '.join(trt.ComputeCapability.__members__)}",
+                    fix="install a newer tensorrt-rtx, or take another target",
+                )
+            config.set_compute_capability(capability, index)
+    return config
+
+
+def _add_profile(builder: Any, config: Any, network: Any, inputs: Sequence[TensorSpec], target: Target) -> None:
+    dynamic = [spec for spec in inputs if spec.batched]
+    if not dynamic:
+        return
+    profile = builder.create_optimization_profile()
+    for spec in dynamic:
+        profile.set_shape(
+            spec.name, *(spec.concrete(b) for b in (target.batch.min, target.batch.opt, target.batch.max))
+        )
+    if config.add_optimization_profile(profile) < 0:
+        raise BuildError(
+            f"TensorRT refuses the batch range {target.batch.min} to {target.batch.max}: {last_errors()}",
+            expected="a batch range the network accepts",
+            fix="change [batch] of the target",
+        )
+
+
+def _float_types(network: Any) -> frozenset[str]:
+    tensors = [network.get_input(index) for index in range(network.num_inputs)]
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        tensors += [layer.get_output(position) for position in range(layer.num_outputs)]
+    names = {data_type_name(tensor.dtype) for tensor in tensors if tensor is not None}
+    return frozenset(name for name in names if "float" in name)
+
+
+def _label(trt: Any) -> str:
+    return f"{'TensorRT-RTX' if trt.__name__.endswith('rtx') else 'TensorRT'} {trt.__version__}"
+
+
+@cache
+def _logger(trt: Any) -> Any:
+    levels = {"INTERNAL_ERROR": logging.DEBUG, "ERROR": logging.DEBUG, "WARNING": logging.WARNING}
+
+    class ProcessLogger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity.name.endswith("ERROR"):
+                _errors.append(message.strip())
+            log.log(levels.get(severity.name, logging.DEBUG), "%s", message)
+
+    return ProcessLogger()

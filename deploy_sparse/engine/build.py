@@ -1,0 +1,212 @@
+"""From a module or an ONNX file to an engine for one target, kept in a folder that names its content."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..artifact import FORMAT_VERSION, digest_of, environment, write_artifact
+from ..errors import ArtifactError, BuildError, ConfigError
+from .entry import KIND, ONNX_FILE, PLAN_FILE, Engine, open_entry
+from .onnx_file import OnnxFile, float_types, parity_as_json, parse_graph, read_onnx, sidecar_path
+from .target import Target, load_target
+
+_PRECISIONS = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """What compiles: the runtime's version, and the GPU when the result is tied to it."""
+
+    version: str
+    gpu: Mapping[str, str] | None
+
+
+def build_engine(
+    subject: Any,
+    target: str | Path | Target = "cpu",
+    example_inputs: Any = None,
+    out: str | Path = "engines/out",
+    *,
+    name: str = "model",
+) -> Engine:
+    """Build an engine and return it, or return the verified one that an equal build left before.
+
+    The entry is the folder ``out/<name>-<target>-<key>``. The key is the hash of the ONNX bytes, the target, the
+    runtime's version and, for full TensorRT, the GPU: equal keys mean interchangeable engines. The manifest also
+    holds build time and environment, so the entry's own digest differs between two builds with one key. Compiled
+    bytes are not part of the key: TensorRT-RTX mostly repeats them, but not for every network and GPU generation.
+
+    Args:
+        subject: an ``nn.Module`` (or an object with one in ``.module``), a path of an ONNX file, or an ``OnnxFile``.
+        target: a shipped name, the path of a TOML file, or a ``Target``.
+        example_inputs: a tensor or a tuple of tensors, batch on axis 0; needed for a module, unused for an ONNX file.
+        out: folder for entries.
+        name: a plain name, the first part of the entry's.
+
+    Raises:
+        ConfigError: unknown target, bad name. ExportError: the module does not export exactly.
+        MissingDependencyError: the target's library is not installed. BuildError: it does not compile, or the
+        engine's precision is not the one asked for. ArtifactError: a damaged file or entry, or no room to write.
+    """
+    wanted = load_target(target)
+    _check_name(name)
+    maker = _maker(wanted)
+    with tempfile.TemporaryDirectory(prefix="deploy-sparse-") as scratch:
+        source = _as_onnx(subject, example_inputs, Path(scratch) / ONNX_FILE)
+        graph = source.read()
+    batch = _batch_range(source, wanted)
+    key = digest_of(
+        {
+            "format_version": FORMAT_VERSION,
+            "onnx": source.sha256,
+            "target": wanted.digest,
+            "runtime": {wanted.runtime: maker.version},
+            "gpu": maker.gpu,
+        }
+    )
+    folder = Path(out) / f"{name}-{wanted.name}-{key[:12]}"
+    if folder.exists():
+        return _existing(folder, key)
+    started = time.perf_counter()
+    payload, built, read_from = _compile(source, graph, wanted)
+    seconds = time.perf_counter() - started
+    engine_file = PLAN_FILE if PLAN_FILE in payload else ONNX_FILE
+    manifest = {
+        "name": name,
+        "key": key,
+        "engine_file": engine_file,
+        "bytes": len(payload[engine_file]),
+        "onnx_sha256": source.sha256,
+        "opset": source.opset,
+        "target": wanted.model_dump(mode="json"),
+        "target_digest": wanted.digest,
+        "runtime": {"name": wanted.runtime, "version": maker.version},
+        "compute_capabilities": [maker.gpu["capability"]] if maker.gpu else list(wanted.compute_capabilities),
+        "gpu": maker.gpu,
+        "inputs": [spec.as_json() for spec in source.inputs],
+        "outputs": [spec.as_json() for spec in source.outputs],
+        "batch": batch,
+        "precision": {"asked": wanted.precision, "built": built, "read_from": read_from, "tf32": wanted.tf32},
+        "parameters": source.parameters,
+        "macs": source.macs,
+        "parity": parity_as_json(source.parity),
+        "build_seconds": round(seconds, 3),
+        "environment": environment(),
+    }
+    try:
+        write_artifact(folder, KIND, payload, manifest)
+    except ArtifactError:
+        if not folder.exists():
+            raise
+        return _existing(folder, key)  # another process finished the same build first
+    return open_entry(folder)
+
+
+def _existing(folder: Path, key: str) -> Engine:
+    try:
+        engine = open_entry(folder)
+    except ArtifactError as problem:
+        raise ArtifactError(
+            problem.given, expected=problem.expected, fix=f"remove {folder} and build again"
+        ) from problem
+    if engine.manifest["key"] != key:
+        raise ArtifactError(
+            f"{folder} holds another engine", expected="a free folder", fix=f"remove {folder} or choose another --out"
+        )
+    return replace(engine, cached=True)
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise ConfigError(
+            f"engine name {name!r}",
+            expected="up to 64 letters, digits, dots, dashes and underscores, not starting with a dot",
+            fix='choose a plain name, for example name="resnet18"',
+        )
+
+
+def _maker(target: Target) -> _Maker:
+    if not target.on_gpu:
+        from . import _ort
+
+        return _Maker(_ort.VERSION, None)
+    from . import _trt
+
+    version = str(_trt.library(target.runtime).__version__)
+    gpu = _trt.local_gpu() if target.runtime == "tensorrt" else None  # RTX compiles ahead of time, for no one GPU
+    return _Maker(version, {"name": gpu.name, "capability": gpu.capability} if gpu else None)
+
+
+def _as_onnx(subject: Any, example_inputs: Any, scratch: Path) -> OnnxFile:
+    if isinstance(subject, OnnxFile):
+        return subject
+    if isinstance(subject, str | Path):
+        return read_onnx(subject)
+    if example_inputs is None:
+        raise BuildError(
+            f"a {type(subject).__name__} was given without example_inputs",
+            expected="example inputs to trace the module with",
+            fix="pass for example example_inputs=torch.randn(2, 3, 32, 32)",
+        )
+    from .export import export_onnx
+
+    return export_onnx(subject, example_inputs, scratch)
+
+
+def _batch_range(source: OnnxFile, target: Target) -> dict[str, int]:
+    for spec in source.inputs:
+        for axis, extent in enumerate(spec.shape[1:], start=1):
+            if isinstance(extent, str):
+                raise BuildError(
+                    f"input {spec.name!r} has the dynamic axis {axis} ({extent!r}): {spec}",
+                    expected="inputs whose first axis (the batch) alone may be dynamic",
+                    fix="export the graph with a fixed extent there, one engine per size",
+                )
+    if any(spec.batched for spec in source.inputs):
+        return {"min": target.batch.min, "opt": target.batch.opt, "max": target.batch.max}
+    fixed = next((spec.shape[0] for spec in source.inputs if spec.shape), 1)  # the file's own batch, no choice left
+    return {"min": int(fixed), "opt": int(fixed), "max": int(fixed)}
+
+
+def _compile(source: OnnxFile, graph: bytes, target: Target) -> tuple[dict[str, bytes], str, str]:
+    """Payload files, the precision built, and where it was read."""
+    types = float_types(parse_graph(source.path, graph))
+    _check_precision(types, target, "the ONNX graph")
+    payload = {ONNX_FILE: graph, sidecar_path(Path(ONNX_FILE)).name: _sidecar_bytes(source)}
+    if not target.on_gpu:
+        from ._ort import OrtSession
+
+        OrtSession(graph, target.threads).close()  # refuses operators it does not have
+        return payload, _precision(types), "the ONNX graph, every tensor"
+    from ._trt import compile_onnx
+
+    compiled = compile_onnx(graph, target, source.inputs)
+    _check_precision(compiled.float_types, target, "the parsed network")
+    payload[PLAN_FILE] = compiled.plan
+    return payload, _precision(compiled.float_types), "the parsed, strongly typed network, every layer output"
+
+
+def _check_precision(types: frozenset[str], target: Target, where: str) -> None:
+    built = _precision(types)
+    if types and built != target.precision:
+        raise BuildError(
+            f"asked for {target.precision}, but {where} is {built}",
+            expected=f"{target.precision} throughout",
+            fix="convert the module before the build: module.float()",
+        )
+
+
+def _precision(types: frozenset[str]) -> str:
+    return " + ".join(sorted(_PRECISIONS.get(name, name) for name in types)) or "no floating point"
+
+
+def _sidecar_bytes(source: OnnxFile) -> bytes:
+    """The ONNX file's own facts travel with it, so that a rebuild elsewhere keeps parameters, MACs and parity."""
+    return (json.dumps(source.sidecar(), indent=2) + "\n").encode()

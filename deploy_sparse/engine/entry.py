@@ -1,0 +1,110 @@
+"""An engine on disk: a verified folder with the ONNX graph, the compiled file and a manifest."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..artifact import read_artifact
+from ..config import config_from
+from ..errors import ArtifactError, ConfigError
+from .target import Target, list_targets
+from .tensors import TensorSpec, spec_from_json
+
+if TYPE_CHECKING:
+    from .runner import Runner
+
+KIND = "engine"
+ONNX_FILE = "model.onnx"
+PLAN_FILE = "model.engine"
+REMAKE = "deploy-sparse build SUBJECT --target NAME"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A built engine. Values come from the verified manifest; opening it is :meth:`open`.
+
+    Attributes:
+        folder: the entry: ``model.onnx``, ``model.engine`` (TensorRT flavours) and ``engine.json``.
+        manifest: content of ``engine.json``.
+        target: what it was built for.
+        cached: whether :func:`build_engine` found it instead of building it.
+    """
+
+    folder: Path
+    manifest: dict[str, Any] = field(repr=False)
+    target: Target
+    cached: bool = False
+
+    @property
+    def path(self) -> Path:
+        """The file that runs: ``model.onnx`` for the CPU, ``model.engine`` for TensorRT flavours."""
+        return self.folder / str(self.manifest["engine_file"])
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Names, types and shapes of the inputs."""
+        return tuple(spec_from_json(entry) for entry in self.manifest["inputs"])
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Names, types and shapes of the outputs."""
+        return tuple(spec_from_json(entry) for entry in self.manifest["outputs"])
+
+    @property
+    def batch_range(self) -> tuple[int, int]:
+        """Smallest and largest batch."""
+        return self.manifest["batch"]["min"], self.manifest["batch"]["max"]
+
+    def build_command(self, target: str | None = None) -> str:
+        """The shell command that builds this engine's own ONNX file again, for its own target or another."""
+        name = target or self.target.name
+        name = name if name in list_targets() else f"{name}.toml"
+        return shlex.join(
+            ["deploy-sparse", "build", str(self.folder / ONNX_FILE), "--target", name, "--out", str(self.folder.parent)]
+        )
+
+    def runnable(self) -> str | None:
+        """None when the engine can run on this machine, otherwise the reason why not."""
+        if not self.target.on_gpu:
+            return None
+        from ._trt import obstacle
+
+        found = obstacle(self.manifest)
+        if found is None:
+            return None
+        wanted = f", it needs {found.expected}" if found.reason != "no NVIDIA GPU" else ""
+        return f"compiled, not timed here: {found.reason}{wanted}"
+
+    def open(self) -> Runner:
+        """Verify the files and load the engine; see :func:`deploy_sparse.load_engine`."""
+        from .runner import load_engine
+
+        return load_engine(self)
+
+
+def open_entry(path: str | Path) -> Engine:
+    """Verify the engine entry that ``path`` (its folder, or a file in it) names; every hash is checked.
+
+    Raises:
+        ArtifactError: missing, another kind of artifact, truncated, altered, or by another version.
+    """
+    found = read_artifact(Path(path), KIND, remake=REMAKE)
+    manifest = {**found.body, "digest": found.digest, "files": found.files}
+    try:
+        engine = Engine(found.folder, manifest, config_from(Target, manifest["target"], source=str(found.folder)))
+        if manifest["engine_file"] not in (ONNX_FILE, PLAN_FILE) or not {manifest["engine_file"], ONNX_FILE} <= {
+            *found.files
+        }:
+            raise KeyError("engine_file")
+        _ = (engine.inputs, engine.outputs, engine.batch_range, manifest["runtime"]["name"])
+        _ = (manifest["runtime"]["version"], manifest["compute_capabilities"], manifest["gpu"], manifest["key"])
+    except (KeyError, TypeError, ConfigError) as problem:
+        raise ArtifactError(
+            f"{found.folder} is no usable engine ({str(problem).splitlines()[0]})",
+            expected="an engine built by this version of the toolkit",
+            fix=f"build it again: {REMAKE}",
+        ) from problem
+    return engine

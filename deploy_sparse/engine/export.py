@@ -1,0 +1,246 @@
+"""From a module to an ONNX file that computes the same function, with the same bytes every time."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import onnx
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..artifact import write_bytes, write_json
+from ..errors import ArtifactError, DeploySparseError, ExportError
+from .onnx_file import OnnxFile, describe_graph, parse_graph, sidecar_path
+from .parity import check_parity, tensors_of, with_batch
+
+OPSET = 20
+SIZE_LIMIT = 2_000_000_000  # bytes; protobuf ends at 2 GiB and the graph needs some room of its own
+BATCH_AXIS = "batch"
+
+
+def export_onnx(
+    module: nn.Module | Any,
+    example_inputs: torch.Tensor | Sequence[torch.Tensor],
+    path: str | Path,
+) -> OnnxFile:
+    """Export a module in eval mode, check it against the module, and write ``path`` with its sidecar.
+
+    Axis 0 of every input becomes the dynamic batch axis. Inputs are called ``input`` (``input_0``, ``input_1``… when
+    there are several), outputs ``output`` (``output_0``…). The module is left as it was. The same weights give the
+    same bytes; the file names no path of the exporting machine.
+
+    Args:
+        module: a module, or an object whose ``module`` attribute is one.
+        example_inputs: one tensor, or one per argument of ``forward``; axis 0 is the batch.
+        path: where to write; a file that is there is replaced only when everything succeeded.
+
+    Raises:
+        ExportError: the module cannot be exported, or the graph computes something else.
+        ArtifactError: the folder cannot be written.
+    """
+    network = as_module(module)
+    inputs = _checked_inputs(network, example_inputs)
+    path = Path(path)
+    with _eval_mode(network):
+        model = _graph_of(network, with_batch(inputs, max(2, inputs[0].shape[0])))
+        data = model.SerializeToString(deterministic=True)
+        parsed = _checked(path, data)
+        described = describe_graph(path, data, parsed)
+        for spec in described.inputs:
+            if not spec.batched:
+                raise ExportError(
+                    f"{spec} lost its batch axis: the module computes with one fixed batch size",
+                    expected="a forward that works at any batch size",
+                    fix="take the batch size from the input's shape, never as a constant",
+                )
+        batches = tuple(dict.fromkeys((inputs[0].shape[0], 1, 3)))
+        parity = check_parity(network, data, inputs, described.inputs, batches)
+        found = replace(
+            described,
+            parameters=sum(p.numel() for p in network.parameters()),
+            macs=_macs(network, inputs),
+            parity=parity,
+        )
+    _write(found, data)
+    return found
+
+
+def as_module(subject: nn.Module | Any) -> nn.Module:
+    """The module itself, or the one in ``subject.module``.
+
+    Raises:
+        ExportError: neither.
+    """
+    for candidate in (subject, getattr(subject, "module", None)):
+        if isinstance(candidate, nn.Module):
+            return candidate
+    raise ExportError(
+        f"a {type(subject).__name__} was given",
+        expected="an nn.Module, or an object with one in its attribute 'module'",
+        fix="pass the network itself; for a state dict construct the network and load it first",
+    )
+
+
+def _checked_inputs(network: nn.Module, given: Any) -> tuple[torch.Tensor, ...]:
+    inputs = (given,) if isinstance(given, torch.Tensor) else tuple(given or ())
+    if not inputs or not all(isinstance(tensor, torch.Tensor) for tensor in inputs):
+        kinds = ", ".join(type(tensor).__name__ for tensor in inputs) or "nothing"
+        raise ExportError(
+            f"example_inputs holds {kinds}",
+            expected="a tensor, or a tuple of tensors, one per argument of forward",
+            fix="pass for example torch.randn(2, 3, 32, 32)",
+        )
+    batches = {tensor.shape[0] if tensor.dim() else 0 for tensor in inputs}
+    if len(batches) > 1 or batches == {0}:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
+        raise ExportError(
+            f"example inputs have shapes {shapes}",
+            expected="one batch size of at least 1 on axis 0 of every input",
+            fix="add the batch axis: tensor[None]",
+        )
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))
+    if size > SIZE_LIMIT:
+        raise ExportError(
+            f"the weights take {size / 1e9:.2f} GB",
+            expected=f"at most {SIZE_LIMIT / 1e9:.2f} GB, the limit of one ONNX file",
+            fix="export the network in parts",
+        )
+    devices = [tensor.device for tensor in (*network.parameters(), *network.buffers())]
+    return tuple(tensor.to(devices[0]) if devices else tensor for tensor in inputs)
+
+
+def _graph_of(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> onnx.ModelProto:
+    """Trace with a symbolic batch and convert; ``inputs`` has at least two rows, one would be taken for a constant."""
+    names = ["input"] if len(inputs) == 1 else [f"input_{index}" for index in range(len(inputs))]
+    axis, shapes = torch.export.Dim(BATCH_AXIS), cast(Any, torch.export.ShapesCollection)()
+    for tensor in inputs:
+        shapes[tensor] = {0: axis}  # by tensor, not by argument: forward may take *args
+    with _quiet():
+        try:
+            with torch.no_grad():
+                count = len(tensors_of(network(*inputs)))
+                program = torch.export.export(network, inputs, dynamic_shapes=shapes, strict=False)
+            exported = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                external_data=False,
+                opset_version=OPSET,
+                input_names=names,
+                output_names=["output"] if count == 1 else [f"output_{index}" for index in range(count)],
+                verbose=False,
+            )
+        except DeploySparseError:
+            raise
+        except Exception as problem:
+            raise _unexportable(network, problem) from problem
+    if exported is None:
+        raise _unexportable(network, RuntimeError("the exporter returned nothing"))
+    return _plain(exported.model_proto)
+
+
+def _plain(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Without stack traces, doc strings and metadata (they hold paths), and with the batch axis called by its name."""
+    graph = model.graph
+    carriers: list[Any] = [
+        model,
+        graph,
+        *graph.node,
+        *graph.input,
+        *graph.output,
+        *graph.value_info,
+        *graph.initializer,
+    ]
+    for function in model.functions:
+        carriers += [function, *function.node]
+    for carrier in carriers:
+        carrier.ClearField("metadata_props")
+        carrier.ClearField("doc_string")
+    symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    if symbol:
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.dim_param:
+                    dim.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", BATCH_AXIS, dim.dim_param)
+    return model
+
+
+def _checked(path: Path, data: bytes) -> onnx.ModelProto:
+    try:
+        return parse_graph(path, data)
+    except DeploySparseError as problem:
+        raise ExportError(
+            f"the exporter wrote an invalid graph: {problem.given}",
+            expected="a graph that ONNX's checker accepts",
+            fix="replace the layer it names; report the network with this message",
+        ) from problem
+
+
+def _macs(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
+    """Multiply-accumulates of one sample: convolutions and matrix products, as PyTorch's own counter sees them."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(*with_batch(inputs, 1))
+    return int(counter.get_total_flops()) // 2
+
+
+def _unexportable(network: nn.Module, problem: BaseException) -> ExportError:
+    root = problem
+    while root.__cause__ is not None:
+        root = root.__cause__
+    lines = [line.strip() for line in str(root).splitlines() if line.strip()] or [type(root).__name__]
+    fixed = re.search(r"your code specialized it to be a constant \((\d+)\)", str(root))
+    reason = f"it computes with one fixed batch size ({fixed[1]})" if fixed else re.sub(r"\x1b\[[0-9;]*m", "", lines[0])
+    return ExportError(
+        f"{type(network).__name__} cannot be exported: {reason[:300]}",
+        expected="a forward without branches on tensor values or a fixed batch size, of operators ONNX has",
+        fix="rewrite that part of forward; torch.export.export(module, inputs) shows the same error in full",
+    )
+
+
+def _write(found: OnnxFile, data: bytes) -> None:
+    sidecar = sidecar_path(found.path)
+    try:
+        sidecar.unlink(missing_ok=True)  # a stale one would condemn the new file
+    except OSError as problem:
+        raise ArtifactError(
+            f"{sidecar} cannot be replaced ({problem.strerror})",
+            expected="a folder this user may write to",
+            fix="choose another output path",
+        ) from problem
+    write_bytes(found.path, data)
+    write_json(sidecar, found.sidecar())
+
+
+@contextlib.contextmanager
+def _eval_mode(network: nn.Module) -> Iterator[None]:
+    modes = {part: part.training for part in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the tracer's prints, logs and warnings off the screen; what matters comes as an exception."""
+    before = logging.root.manager.disable
+    logging.disable(sys.maxsize)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            with contextlib.redirect_stderr(io.StringIO()):
+                yield
+    finally:
+        logging.disable(before)

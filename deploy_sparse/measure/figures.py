@@ -1,0 +1,167 @@
+"""Where the marks of the report's two plots stand. Only geometry: the template draws it, and escapes every text.
+
+Lengths are SVG user units; a figure is ``WIDTH`` wide, which stays readable at the width of a phone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .contents import Report
+from .record import LatencyRecord
+from .table import significant
+from .timing import percentile
+
+WIDTH = 420
+LEFT, RIGHT = 54, 404  # the plotting area from left to right; the strip has no y axis and starts at STRIP_LEFT
+TOP, BOTTOM = 30, 206
+STRIP_LEFT, ROW = 16, 46
+LABEL_GAP = 15
+LONGEST_LABEL = 28  # characters that fit beside a point wherever it stands
+CHARACTER = 6.6  # mean width of a label's character
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A mark on an axis at ``at`` with its label."""
+
+    at: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """One subject in the accuracy plot; the label stands at (``label_x``, ``label_y``)."""
+
+    x: float
+    y: float
+    label: str
+    label_x: float
+    label_y: float
+    anchor: str
+    baseline: bool
+
+
+@dataclass(frozen=True)
+class AccuracyPlot:
+    """Accuracy (up) against median latency (right) for one target and batch."""
+
+    title: str
+    points: tuple[Point, ...]
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    left_out: tuple[str, ...]  # subjects without a known accuracy
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One subject's samples: a thin line at each percentile 1 … 99 (``marks`` is an SVG path), a bold one at p50."""
+
+    label: str
+    numbers: str
+    y: float
+    p50: float
+    marks: str
+    baseline: bool
+
+
+@dataclass(frozen=True)
+class StripPlot:
+    """How the times of all subjects of one target and batch spread; the axis starts at 0 ms."""
+
+    title: str
+    strips: tuple[Strip, ...]
+    x_ticks: tuple[Tick, ...]
+    height: float
+
+
+def accuracy_plots(report: Report) -> tuple[AccuracyPlot, ...]:
+    """One plot for each target and batch with at least one timed subject of known accuracy."""
+    groups = [(group, [r for r in group if r.timed and r.accuracy is not None]) for group in report.groups]
+    return tuple(_accuracy_plot(report.place_of(group), group, known) for group, known in groups if known)
+
+
+def strip_plots(report: Report) -> tuple[StripPlot, ...]:
+    """One plot for each target and batch with at least one timed subject."""
+    groups = [(report.place_of(group), [record for record in group if record.timed]) for group in report.groups]
+    return tuple(_strip_plot(place, timed) for place, timed in groups if timed)
+
+
+def nice_ticks(low: float, high: float, wanted: int = 5) -> tuple[float, ...]:
+    """Round numbers, 1, 2 or 5 times a power of ten apart, within ``low`` to ``high``."""
+    raw = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return tuple(round(i * step, 12) for i in range(first, last + 1))
+
+
+def _accuracy_plot(title: str, group: tuple[LatencyRecord, ...], known: list[LatencyRecord]) -> AccuracyPlot:
+    p50 = {record.subject: record.stats.p50 for record in known if record.stats is not None}
+    accuracy = {record.subject: 100 * (record.accuracy or 0.0) for record in known}
+    slowest = 1.1 * max(p50.values())
+    margin = max(0.25 * (max(accuracy.values()) - min(accuracy.values())), 0.25)
+    low, high = min(accuracy.values()) - margin, max(accuracy.values()) + margin
+    points: list[Point] = []
+    for record in sorted(known, key=lambda r: -accuracy[r.subject]):
+        x = _scale(p50[record.subject], 0, slowest, LEFT, RIGHT)
+        y = _scale(accuracy[record.subject], low, high, BOTTOM, TOP)
+        label = _short(record.subject)
+        on_left = x + 10 + CHARACTER * len(label) > RIGHT
+        label_x, anchor = (x - 10, "end") if on_left else (x + 10, "start")
+        label_y = _free_height(y + 4, x, points)
+        points.append(Point(x, y, label, round(label_x, 1), label_y, anchor, record.subject == record.baseline))
+    return AccuracyPlot(
+        title=title,
+        points=tuple(points),
+        x_ticks=_ticks(0, slowest, LEFT, RIGHT),
+        y_ticks=_ticks(low, high, BOTTOM, TOP),
+        left_out=tuple(r.subject for r in group if r.timed and r.accuracy is None),
+    )
+
+
+def _free_height(y: float, x: float, placed: list[Point]) -> float:
+    """The first height at or below ``y`` where a label does not run into those already placed."""
+    taken = sorted(point.label_y for point in placed if abs(point.x - x) < 130)
+    for other in taken:
+        if abs(y - other) < LABEL_GAP:
+            y = other + LABEL_GAP
+    return round(y, 1)
+
+
+def _strip_plot(title: str, group: list[LatencyRecord]) -> StripPlot:
+    ordered = {r.subject: sorted(sample for block in r.samples_ms for sample in block) for r in group}
+    slowest = 1.05 * max(percentile(samples, 99) for samples in ordered.values())
+    strips = []
+    for row, record in enumerate(group):
+        samples = ordered[record.subject]
+        y = 24.0 + row * ROW
+        at = [_scale(percentile(samples, p), 0, slowest, STRIP_LEFT, RIGHT) for p in range(1, 100)]
+        p50, p99 = percentile(samples, 50), percentile(samples, 99)
+        strips.append(
+            Strip(
+                label=_short(record.subject),
+                numbers=f"p50 {significant(p50)} ms, p99 {significant(p99)} ms",
+                y=y,
+                p50=at[49],
+                marks="".join(f"M{x} {y}v14" for x in at),
+                baseline=record.subject == record.baseline,
+            )
+        )
+    ticks = _ticks(0, slowest, STRIP_LEFT, RIGHT)
+    return StripPlot(title, tuple(strips), ticks, 24.0 + len(group) * ROW + 34)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}…"
+
+
+def _ticks(low: float, high: float, start: float, stop: float) -> tuple[Tick, ...]:
+    values = nice_ticks(low, high)
+    decimals = max(len(f"{value:g}".partition(".")[2]) for value in values)
+    return tuple(Tick(_scale(value, low, high, start, stop), f"{value:.{decimals}f}") for value in values)
+
+
+def _scale(value: float, low: float, high: float, start: float, stop: float) -> float:
+    return round(start + (value - low) / (high - low) * (stop - start), 1)

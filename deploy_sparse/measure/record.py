@@ -1,0 +1,206 @@
+"""One subject measured under one condition: what was timed, how, and from which files. Kept as JSON lines.
+
+A record holds either raw samples or the reason why there are none. Statistics that the samples do not bear out, and
+times without samples, are refused at construction; so no file of records can hold a made-up time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import AwareDatetime, Field, ValidationError, model_validator
+
+from ..config import Config
+from ..errors import ArtifactError
+from .timing import Stats, summarise
+
+SCHEMA_VERSION: Final = 1
+NOT_TIMED = "compiled, not timed here"
+
+Milliseconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Conditions(Config):
+    """How a subject was timed. Times in ms and s as named; ``processor_mhz`` is before and after, where known."""
+
+    threads: int | None = None
+    warmup_ms: float
+    duration_s: float
+    min_iterations: int
+    block_ms: float
+    interleaved_with: tuple[str, ...] = ()
+    processor_mhz: tuple[float, float] | None = None
+
+
+class LatencyRecord(Config):
+    """One subject × target × batch of one run.
+
+    ``samples_ms[i][j]`` is call *j* of block *i*; blocks of equal *i* in one run are pairs. ``cpu_ms`` is the mean
+    process CPU time of a call. ``accuracy`` is a fraction. ``hashes`` names what the subject was made from:
+    ``engine``, ``onnx``, ``ticket``, ``target``, where known.
+
+    Raises:
+        ArtifactError: samples, statistics and status that contradict each other.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    run_id: Annotated[str, Field(min_length=1)]
+    date: AwareDatetime
+    subject: Annotated[str, Field(min_length=1)]
+    baseline: Annotated[str, Field(min_length=1)]
+    target: Annotated[str, Field(min_length=1)]
+    runtime: str
+    batch: Annotated[int, Field(ge=1)]
+    status: Literal["timed", "compiled, not timed here"]
+    reason: str | None = None
+    stats: Stats | None = None
+    cpu_ms: Annotated[float, Field(ge=0)] | None = None
+    accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
+    parameters: Count | None = None
+    macs: Count | None = None
+    engine_bytes: Count | None = None
+    build_seconds: Annotated[float, Field(ge=0)] | None = None
+    peak_memory_bytes: Count | None = None
+    hashes: dict[str, str] = Field(default_factory=dict)
+    environment: dict[str, str] = Field(default_factory=dict)
+    conditions: Conditions
+    samples_ms: tuple[Annotated[tuple[Milliseconds, ...], Field(min_length=1)], ...] = ()
+
+    @property
+    def timed(self) -> bool:
+        """Whether this record holds times."""
+        return self.status == "timed"
+
+    @model_validator(mode="after")
+    def _no_made_up_times(self) -> LatencyRecord:
+        if self.date.utcoffset():
+            raise self._contradiction(f"is dated {self.date.isoformat()}", "a date in UTC")
+        if not self.timed:
+            if self.samples_ms or self.stats is not None or self.cpu_ms is not None:
+                raise self._contradiction(f"is {self.status!r} but holds times", "no samples and no statistics")
+            if not self.reason:
+                raise self._contradiction(f"is {self.status!r} without a reason", "the reason, in words")
+            return self
+        if not self.samples_ms or self.stats is None or self.reason is not None:
+            raise self._contradiction(
+                "is 'timed' without samples and statistics, or with a reason not to be",
+                "raw samples, their statistics and no reason",
+            )
+        actual = summarise([sample for block in self.samples_ms for sample in block])
+        if not all(  # the last bits of a mean may differ between machines
+            math.isclose(stated, found, rel_tol=1e-6, abs_tol=1e-9)
+            for stated, found in zip(asdict(self.stats).values(), asdict(actual).values(), strict=True)
+        ):
+            raise self._contradiction("has statistics that are not those of its samples", "stats=summarise(samples)")
+        return self
+
+    def _contradiction(self, what: str, expected: str) -> ArtifactError:
+        return ArtifactError(
+            f"the record of {self.subject!r} at batch {self.batch} {what}",
+            expected=expected,
+            fix="measure again with profile(); do not edit records",
+        )
+
+    def to_json_line(self) -> str:
+        """This record as one line of JSON, without the line end; samples come last."""
+        return self.model_dump_json()
+
+
+def append_records(path: Path, records: Sequence[LatencyRecord]) -> None:
+    """Append records to a file of JSON lines: all of them or none, even beside another writer.
+
+    Raises:
+        ArtifactError: the file cannot be written, or its last line is cut short; it is left as it was.
+    """
+    path = Path(path)
+    data = "".join(f"{record.to_json_line()}\n" for record in records).encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+", buffering=0) as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            size = stream.seek(0, os.SEEK_END)
+            if size:
+                stream.seek(size - 1)
+                if stream.read(1) != b"\n":
+                    raise _torn(path, path.read_bytes().count(b"\n") + 1)
+            try:
+                _write_all(stream.fileno(), data)
+                os.fsync(stream.fileno())
+            except BaseException:
+                os.ftruncate(stream.fileno(), size)  # a half-written record is no record
+                raise
+    except OSError as problem:
+        raise ArtifactError(
+            f"{path} cannot be written ({problem.strerror or problem})",
+            expected="a file this user may append to, on a disk with room",
+            fix="choose another file or free the space; nothing that was there is lost",
+        ) from problem
+
+
+def read_records(path: Path) -> tuple[LatencyRecord, ...]:
+    """Every record of a file of JSON lines.
+
+    Raises:
+        ArtifactError: missing, a torn last line, or a line that is no record; names the line.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as problem:
+        raise ArtifactError(
+            f"{path} cannot be read ({problem.strerror})",
+            expected="a file of latency records (.jsonl)",
+            fix="check the path, or measure with: deploy-sparse profile",
+        ) from None
+    lines = data.split(b"\n")
+    if lines.pop():
+        raise _torn(path, len(lines) + 1)
+    return tuple(_parsed(path, lines))
+
+
+def _parsed(path: Path, lines: Sequence[bytes]) -> Iterator[LatencyRecord]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield _record(line)
+        except (ValueError, RecursionError, ArtifactError) as problem:
+            raise ArtifactError(
+                f"{path}, line {number}: {_brief(problem)}",
+                expected=f"one latency record of schema version {SCHEMA_VERSION} as JSON",
+                fix=f"restore {path.name} from a copy, or remove line {number} and measure again",
+            ) from None
+
+
+def _record(line: bytes) -> LatencyRecord:
+    version = content.get("schema_version") if isinstance(content := json.loads(line), dict) else None
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"schema version {version}")
+    return LatencyRecord.model_validate_json(line, strict=True)
+
+
+def _brief(problem: Exception) -> str:
+    if isinstance(problem, ValidationError):
+        detail = problem.errors()[0]
+        return f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}"
+    return str(problem.given if isinstance(problem, ArtifactError) else problem)
+
+
+def _torn(path: Path, number: int) -> ArtifactError:
+    return ArtifactError(
+        f"{path}, line {number}: the last line is cut short",
+        expected="a line end after every record",
+        fix=f"remove line {number}: it was being written when something stopped it",
+    )
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]

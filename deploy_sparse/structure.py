@@ -1,0 +1,107 @@
+"""What structure a network and its masks have. Values and pure functions; nothing here trains or cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+Masks = Mapping[str, torch.Tensor]
+"""Boolean tensors by parameter name, each shaped like its parameter; True means the entry survives.
+A parameter without a mask survives whole."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where one channel group lies along one dimension of one tensor of the state dict.
+
+    ``channels[j]`` is the group's channel at position j of dimension ``dim``, or -1 where the position belongs to
+    another group. A flattened feature map repeats each channel height × width times.
+    """
+
+    name: str
+    dim: int
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Producer:
+    """One layer that writes the group's channels: the rows of its weight, its bias, and the norms only it feeds."""
+
+    weight: Slice
+    bias: Slice | None = None
+    norms: tuple[Slice, ...] = ()
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that exist only together: one axis shared by producers, per-channel parameters and consumers.
+
+    Attributes:
+        name: the first producer's weight, for messages.
+        size: number of channels.
+        producers: who writes the channels; more than one where a residual sum couples them.
+        shared: per-channel parameters that belong to no single producer (a norm after the sum, depthwise filters).
+        statistics: per-channel buffers (running mean and variance).
+        consumers: who reads the channels: weight columns.
+        pinned: why the channels must stay, or None when they may be removed.
+    """
+
+    name: str
+    size: int
+    producers: tuple[Producer, ...]
+    shared: tuple[Slice, ...] = ()
+    statistics: tuple[Slice, ...] = ()
+    consumers: tuple[Slice, ...] = ()
+    pinned: str | None = None
+
+    def slices(self) -> tuple[Slice, ...]:
+        """Every slice of the group."""
+        own = [s for p in self.producers for s in (p.weight, p.bias, *p.norms) if s is not None]
+        return (*own, *self.shared, *self.statistics, *self.consumers)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Every entry survives."""
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Whole output channels survive or vanish; ``kept`` are the surviving row indices, ascending."""
+
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Some row is partly filled; ``density`` is the share of surviving entries."""
+
+    density: float
+
+
+Structure = Dense | Channels | Unstructured
+
+
+def structure_of(mask: torch.Tensor) -> Structure:
+    """The structure of one mask of shape ``[c_out, ...]``, seen along its rows.
+
+    A column that is masked for every surviving row (a consumer that lost an input channel) counts as structure too:
+    rows are judged on the columns that any row uses.
+    """
+    rows = mask.reshape(mask.shape[0], -1)  # [c_out, n]
+    if bool(rows.all()):
+        return Dense()
+    used = rows.any(dim=0)  # [n]
+    kept = rows.any(dim=1)  # [c_out]
+    if bool(used.any()) and bool(rows[kept][:, used].all()):
+        return Channels(tuple(kept.nonzero().flatten().tolist()))
+    return Unstructured(float(rows.float().mean()))
+
+
+def density(masks: Masks) -> float:
+    """Surviving share over all masked weights of two or more dimensions; 1.0 when there are none."""
+    weights = [m for m in masks.values() if m.dim() > 1]
+    total = sum(m.numel() for m in weights)
+    return sum(int(m.sum()) for m in weights) / total if total else 1.0

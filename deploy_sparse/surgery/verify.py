@@ -1,0 +1,192 @@
+"""Does the compact network compute what the masked one does? Measured, in float32 and float64, or refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..errors import SurgeryError
+from .graph import Inputs, as_tuple
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+"""Largest accepted ``max|Δ| / max|y|`` by the precision of the outputs."""
+
+_SEED = 20220713
+_BATCHES = (1, 3)
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """Largest differences between two networks over all inputs and outputs.
+
+    Attributes:
+        max_abs: ``max|Δ|``.
+        max_rel: ``max|Δ| / max|y|``, the largest of any output tensor.
+        top1_agreement: share of samples whose largest output along axis 1 is the same, 1.0 for outputs of one axis.
+    """
+
+    max_abs: float
+    max_rel: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How closely a compact network follows its masked dense network.
+
+    Attributes:
+        float32: deviation with weights and inputs in float32.
+        float64: deviation with weights and inputs in float64.
+        inputs: what it was measured on.
+    """
+
+    float32: Deviation
+    float64: Deviation
+    inputs: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """One line for people."""
+        single, double = self.float32, self.float64
+        return (
+            f"max|Δ| / max|y| {single.max_rel:.1e} in float32 and {double.max_rel:.1e} in float64, "
+            f"top-1 agreement {single.top1_agreement:.1%}, on {'; '.join(self.inputs)}"
+        )
+
+
+def verify(
+    dense: torch.nn.Module,
+    compact: torch.nn.Module,
+    example_inputs: Inputs,
+    *,
+    exact: torch.nn.Module | None = None,
+) -> Parity:
+    """Compare two networks in evaluation mode on the given inputs and on seeded random ones of several batch sizes.
+
+    Args:
+        dense: the dense network with masked weights; it is the reference. Neither module is changed.
+        compact: the smaller network.
+        example_inputs: one tensor with a batch axis, or the tuple of positional inputs.
+        exact: ``compact`` before its folded biases were rounded to float32, in float64. A rounded bias is off by 1e-8,
+            so the float64 comparison is made with ``exact``, and ``compact`` must equal it after rounding, bit by bit.
+
+    Raises:
+        SurgeryError: an output of another shape, not finite, or further off than ``TOLERANCE`` allows; or a network
+            that does not run.
+    """
+    reference = copy.deepcopy(dense).eval().to(torch.float64)
+    samples = list(_samples(as_tuple(example_inputs), reference))
+    if exact is not None:
+        _refuse_other_tensors(compact, exact)
+    upcast = copy.deepcopy(compact if exact is None else exact).eval().to(torch.float64)
+    double = _deviation(reference, upcast, samples, torch.float64)
+    pair = [copy.deepcopy(module).eval().to(torch.float32) for module in (dense, compact)]
+    single = _deviation(pair[0], pair[1], samples, torch.float32)
+    return Parity(single, double, tuple(name for name, _ in samples))
+
+
+def _deviation(
+    dense: torch.nn.Module, compact: torch.nn.Module, samples: list[tuple[str, tuple[Any, ...]]], dtype: torch.dtype
+) -> Deviation:
+    max_abs = max_rel = 0.0
+    agreed = total = 0
+    for name, inputs in samples:
+        cast = tuple(pytree.tree_map(lambda x: _cast(x, dtype), inputs))
+        expected = _run(dense, cast, "the masked dense network")
+        actual = _run(compact, cast, "the compact network")
+        if [y.shape for y in actual] != [y.shape for y in expected]:
+            raise _refusal(
+                f"the compact network's outputs have shapes {_shapes(actual)} on {name}, the masked network's "
+                f"{_shapes(expected)}"
+            )
+        for reference, output in zip(expected, actual, strict=True):
+            for what, tensor in (("masked dense", reference), ("compact", output)):
+                if not bool(torch.isfinite(tensor).all()):
+                    raise _refusal(f"the {what} network's output on {name} has entries that are NaN or infinite")
+            absolute, relative = _distance(reference, output)
+            limit = TOLERANCE.get(reference.dtype, TOLERANCE[torch.float32])
+            if relative > limit:
+                raise _refusal(
+                    f"the compact network differs from the masked one by {absolute:.3g}, {relative:.3g} of max|y|, in "
+                    f"{str(reference.dtype).removeprefix('torch.')} on {name}"
+                )
+            max_abs, max_rel = max(max_abs, absolute), max(max_rel, relative)
+            same, count = _top1(reference, output)
+            agreed, total = agreed + same, total + count
+    return Deviation(max_abs, max_rel, agreed / total if total else 1.0)
+
+
+def _refuse_other_tensors(compact: torch.nn.Module, exact: torch.nn.Module) -> None:
+    unrounded = exact.state_dict()
+    for name, tensor in compact.state_dict().items():
+        if name not in unrounded or not torch.equal(tensor, unrounded[name].to(tensor.dtype)):
+            raise _refusal(f"{name!r} of the compact network is not its float64 counterpart, rounded")
+
+
+def _samples(examples: tuple[Any, ...], dense: torch.nn.Module) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    yield f"the example inputs {_shapes(pytree.tree_leaves(examples))}", examples
+    if not all(isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() > 0 for x in examples):
+        return  # token ids and the like: random numbers would not be inputs of this network
+    generator = torch.Generator().manual_seed(_SEED)
+    for batch in (None, *_BATCHES):
+        shapes = [x.shape if batch is None else (batch, *x.shape[1:]) for x in examples]
+        inputs = tuple(
+            torch.randn(shape, generator=generator, dtype=torch.float64).to(x.device)
+            for shape, x in zip(shapes, examples, strict=True)
+        )
+        if batch is None or _accepts(dense, inputs):
+            yield f"random inputs {_shapes(inputs)}", inputs
+
+
+def _accepts(dense: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> bool:
+    """Whether the dense network runs at this batch size; some have theirs written into the code."""
+    try:
+        _run(dense, inputs, "the masked dense network")
+    except SurgeryError:
+        return False
+    return True
+
+
+@torch.no_grad()
+def _run(module: torch.nn.Module, inputs: tuple[Any, ...], what: str) -> list[torch.Tensor]:
+    try:
+        outputs = module(*(x.clone() if isinstance(x, torch.Tensor) else x for x in inputs))
+    except Exception as problem:
+        # Any error of the user's own forward() means the same here: this network does not run.
+        raise _refusal(f"{what} does not run: {str(problem).strip() or type(problem).__name__}") from problem
+    return [y for y in pytree.tree_leaves(outputs) if isinstance(y, torch.Tensor)]
+
+
+def _distance(reference: torch.Tensor, output: torch.Tensor) -> tuple[float, float]:
+    if reference.numel() == 0:
+        return 0.0, 0.0
+    absolute = float((reference.double() - output.double()).abs().max())
+    largest = float(reference.double().abs().max())
+    return absolute, absolute / largest if largest else (0.0 if absolute == 0 else float("inf"))
+
+
+def _top1(reference: torch.Tensor, output: torch.Tensor) -> tuple[int, int]:
+    if reference.dim() < 2 or reference.numel() == 0:
+        return 0, 0
+    same = reference.argmax(dim=1) == output.argmax(dim=1)
+    return int(same.sum()), same.numel()
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _shapes(tensors: Any) -> str:
+    return ", ".join(str(list(x.shape)) for x in tensors if isinstance(x, torch.Tensor))
+
+
+def _refusal(given: str) -> SurgeryError:
+    return SurgeryError(
+        given,
+        expected="finite outputs within 1e-05 · max|y| in float32 and 1e-10 · max|y| in float64",
+        fix="no compact network is made; keep the dense one, and check the weights and the layers named in the plan",
+    )

@@ -1,0 +1,267 @@
+"""A ticket: the dense-shaped weights and the masks that a recipe found, and where they come from.
+
+On disk a folder with ``ticket.safetensors`` (weights, and masks packed eight to a byte) and ``ticket.json``, which a
+person can read. Loading needs neither the training code nor the network's class, and never unpickles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as bytes_from_tensors
+
+from . import artifact
+from .errors import ArtifactError, TicketError, nearest
+from .structure import Channels, Dense, Unstructured, density, structure_of
+
+REMAKE = "deploy-sparse run <recipe> --config <name>"
+_PAYLOAD = "ticket.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """Which network the weights belong to.
+
+    Attributes:
+        name: a zoo name, or ``"user factory"`` for a network the caller constructs. A file never names code to import.
+        arguments: keyword arguments of the zoo's factory; JSON values only.
+        input_shape: one sample without the batch axis, for example ``(3, 32, 32)``.
+    """
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    input_shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a ticket comes from. Holds nothing that differs between two equal runs, so equal runs give equal hashes.
+
+    Attributes:
+        method: for example ``"imp_refill"``.
+        config: the recipe's full configuration.
+        seed: the run's seed.
+        data: name and split sizes of the data.
+        versions: libraries that took part.
+        parent: hash of the ticket this one was made from, or None.
+        metrics: numbers known when it was made, for example ``{"validation_accuracy": 0.98}``.
+    """
+
+    method: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    parent: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """Dense-shaped weights and boolean masks.
+
+    Attributes:
+        weights: the whole state dict (parameters and buffers) by name, on the CPU.
+        masks: by parameter name, same shape as the parameter; True survives. Unmasked parameters survive whole.
+        model: the network the weights belong to.
+        provenance: where they come from.
+    """
+
+    weights: Mapping[str, torch.Tensor]
+    masks: Mapping[str, torch.Tensor]
+    model: ModelRef
+    provenance: Provenance
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over weights, masks, model and provenance: equal tickets, equal hashes."""
+        payload, body = self._content()
+        return str(artifact.describe("ticket", payload, body)["digest"])
+
+    def masked_weights(self) -> dict[str, torch.Tensor]:
+        """The state dict with every masked entry set to zero; tensors without a mask are shared, not copied."""
+        return {
+            name: weight * self.masks[name].to(weight.dtype) if name in self.masks else weight
+            for name, weight in self.weights.items()
+        }
+
+    def validate(self, like: Mapping[str, torch.Tensor] | torch.nn.Module | None = None) -> Ticket:
+        """Check the ticket, and that it fits ``like`` (a module or a state dict) when given; return it unchanged.
+
+        Raises:
+            TicketError: a mask without its weight, of a wrong shape or type; a layer with no channel left; a NaN or
+                infinite weight; weights of another architecture.
+        """
+        for name, mask in self.masks.items():
+            self._validate_mask(name, mask)
+        for name, weight in self.weights.items():
+            if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+                bad = int((~torch.isfinite(weight)).sum())
+                raise TicketError(
+                    f"weight {name!r} has {bad} entries that are NaN or infinite",
+                    expected="finite weights",
+                    fix="lower the learning rate and train again, or load an earlier checkpoint",
+                )
+        if like is not None:
+            self._validate_fit(like.state_dict() if isinstance(like, torch.nn.Module) else like)
+        return self
+
+    def summary(self) -> dict[str, Any]:
+        """What ``deploy-sparse show`` prints: model, method, density, and structure by layer. JSON values only."""
+        layers = []
+        for name, mask in self.masks.items():
+            if mask.dim() < 2:
+                continue
+            layers.append({"layer": name, "shape": list(mask.shape), **_describe(mask)})
+        return {
+            "kind": "ticket",
+            "hash": self.hash,
+            "model": self.model.name,
+            "method": self.provenance.method,
+            "density": round(density(self.masks), 6),
+            "metrics": dict(self.provenance.metrics),
+            "layers": layers,
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the ticket atomically into ``folder`` and return the folder. Saving it twice is a no-op.
+
+        Raises:
+            TicketError: see :meth:`validate`; an invalid ticket is not written.
+            ArtifactError: ``folder`` holds something else, or cannot be written.
+        """
+        self.validate()
+        payload, body = self._content()
+        return artifact.write_artifact(Path(folder), "ticket", payload, body).folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Ticket:
+        """Read a ticket after checking its hashes; tensors come back bit for bit, on the CPU.
+
+        Args:
+            folder: the ticket's folder, or a file in it.
+
+        Raises:
+            ArtifactError: missing, another kind of file, truncated or altered.
+            TicketError: consistent on disk but not a usable ticket.
+        """
+        found = artifact.read_artifact(Path(folder), "ticket", remake=REMAKE)
+        tensors = tensors_from_bytes((found.folder / _PAYLOAD).read_bytes())
+        try:
+            model, provenance = found.body["model"], found.body["provenance"]
+            masks = {
+                name: _unpack(tensors[f"mask/{name}"], tuple(shape)) for name, shape in found.body["masks"].items()
+            }
+            ticket = cls(
+                weights={k.removeprefix("weight/"): v for k, v in tensors.items() if k.startswith("weight/")},
+                masks=masks,
+                model=ModelRef(model["name"], model["arguments"], tuple(model["input_shape"])),
+                provenance=Provenance(**provenance),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as problem:
+            raise ArtifactError(
+                f"{found.folder} is not a readable ticket ({problem!r})",
+                expected="a ticket written by this toolkit",
+                fix=f"make it again: {REMAKE}",
+            ) from None
+        return ticket.validate()
+
+    def _content(self) -> tuple[dict[str, bytes], dict[str, Any]]:
+        tensors = {f"weight/{k}": v.detach().cpu().contiguous() for k, v in self.weights.items()}
+        tensors |= {f"mask/{k}": _pack(v) for k, v in self.masks.items()}
+        _refuse_shared_storage(tensors)
+        body = {
+            "model": {**asdict(self.model), "input_shape": list(self.model.input_shape)},
+            "provenance": asdict(self.provenance),
+            "density": round(density(self.masks), 6),
+            "masks": {name: list(mask.shape) for name, mask in self.masks.items()},
+            "layers": {name: _describe(mask) for name, mask in self.masks.items() if mask.dim() > 1},
+        }
+        return {_PAYLOAD: bytes_from_tensors(tensors)}, body
+
+    def _validate_mask(self, name: str, mask: torch.Tensor) -> None:
+        weight = self.weights.get(name)
+        if weight is None:
+            hint = nearest(name, list(self.weights))
+            raise TicketError(
+                f"mask {name!r} belongs to no weight of the ticket",
+                expected="masks named like the parameters they mask",
+                fix=f"{hint}rename or drop the mask",
+            )
+        if mask.dtype != torch.bool:
+            raise TicketError(
+                f"mask {name!r} has dtype {mask.dtype}", expected="torch.bool", fix="convert it: mask = mask != 0"
+            )
+        if mask.shape != weight.shape:
+            raise TicketError(
+                f"mask {name!r} has shape {tuple(mask.shape)}, its weight {tuple(weight.shape)}",
+                expected="a mask shaped like its weight",
+                fix="make the mask from this network's own weights",
+            )
+        if mask.dim() > 1 and not bool(mask.any()):
+            raise TicketError(
+                f"layer {name!r} has no channel left: its mask keeps nothing",
+                expected="at least one surviving channel in every layer",
+                fix="prune less, fewer rounds or a lower rate",
+            )
+
+    def _validate_fit(self, state: Mapping[str, torch.Tensor]) -> None:
+        missing = [name for name in state if name not in self.weights]
+        unknown = [name for name in self.weights if name not in state]
+        wrong = [
+            f"{name} {tuple(self.weights[name].shape)} instead of {tuple(tensor.shape)}"
+            for name, tensor in state.items()
+            if name in self.weights and self.weights[name].shape != tensor.shape
+        ]
+        if missing or unknown or wrong:
+            parts = [
+                f"{label} {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+                for label, names in (("lacks", missing), ("has unknown", unknown), ("has other shapes:", wrong))
+                if names
+            ]
+            raise TicketError(
+                f"the ticket is for another architecture than the given network: it {'; '.join(parts)}",
+                expected=f"the network it was made from ({self.model.name} {dict(self.model.arguments)})",
+                fix="pass the factory of that network, or find a ticket for this one",
+            )
+
+
+def _describe(mask: torch.Tensor) -> dict[str, Any]:
+    match structure_of(mask):
+        case Dense():
+            return {"structure": "dense", "density": 1.0}
+        case Channels(kept):
+            share = round(float(mask.float().mean()), 6)
+            return {"structure": "channels", "kept": len(kept), "of": mask.shape[0], "density": share}
+        case Unstructured(share):
+            return {"structure": "unstructured", "density": round(share, 6)}
+
+
+def _pack(mask: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.packbits(mask.detach().cpu().numpy().reshape(-1)))  # [ceil(n / 8)] uint8
+
+
+def _unpack(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    count = int(np.prod(shape, dtype=np.int64))
+    bits = np.unpackbits(packed.numpy(), count=count)  # [n] of 0 and 1
+    return torch.from_numpy(bits.astype(bool)).reshape(shape)
+
+
+def _refuse_shared_storage(tensors: Mapping[str, torch.Tensor]) -> None:
+    owners: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            continue
+        other = owners.setdefault(tensor.data_ptr(), name)
+        if other != name:
+            raise TicketError(
+                f"{name.split('/', 1)[1]!r} and {other.split('/', 1)[1]!r} are one tied tensor",
+                expected="every weight stored once",
+                fix="untie them first (clone one of the two), or drop one name from the state dict",
+            )

@@ -1,0 +1,190 @@
+"""A run folder: everything one recipe run makes, and how it is continued after any interruption."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .. import artifact
+from ..config import differences
+from ..errors import ArtifactError, RunError
+from .console import Console
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open run folder. Make one with :func:`open_run`.
+
+    Attributes:
+        folder: where everything goes.
+        recipe: the recipe's name.
+        config: the full configuration as JSON values.
+        console: for progress.
+        poll: raises when the run was asked to stop; call it in every long loop.
+        command: the command that continues this run.
+    """
+
+    folder: Path
+    recipe: str
+    config: Mapping[str, Any]
+    console: Console
+    poll: Callable[..., None]
+    command: str
+    started: str = field(default_factory=lambda: _now())
+
+    def once(self, name: str, make: Callable[[], T], save: Callable[[T, Path], Any], load: Callable[[Path], T]) -> T:
+        """The stage ``name``: loaded when an earlier attempt finished it, otherwise made and saved.
+
+        Args:
+            make: computes the value.
+            save: writes it atomically to a folder or file.
+            load: reads it back, verifying it.
+        """
+        self.poll()
+        target = self.folder / name
+        if target.exists():
+            try:
+                value = load(target)
+            except ArtifactError as problem:
+                raise ArtifactError(
+                    problem.given, expected=problem.expected, fix=f"remove {target} and continue with: {self.command}"
+                ) from None
+            self.console.say(f"{name}: already there")
+            return value
+        value = make()
+        self.poll()
+        save(value, target)
+        return value
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append one row to ``metrics.jsonl``."""
+        with open(self.folder / "metrics.jsonl", "a") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write ``run.json`` with status ``finished`` and the result."""
+        artifact.write_json(self.folder / "run.json", {**self._description("finished"), "result": dict(result)})
+
+    def interrupted(self, why: str) -> None:
+        """Write ``run.json`` with status ``interrupted``."""
+        artifact.write_json(self.folder / "run.json", {**self._description("interrupted"), "why": why})
+
+    def _description(self, status: str) -> dict[str, Any]:
+        return {
+            "kind": "run",
+            "recipe": self.recipe,
+            "status": status,
+            "started": self.started,
+            "updated": _now(),
+            "command": self.command,
+            "config": dict(self.config),
+            "environment": artifact.environment(),
+        }
+
+
+@contextlib.contextmanager
+def open_run(
+    folder: Path,
+    recipe: str,
+    config: Mapping[str, Any],
+    *,
+    resume: bool,
+    command: str,
+    console: Console,
+    poll: Callable[..., None] = lambda *saved: None,
+) -> Iterator[Run]:
+    """Start a run in a free folder, or continue the one in it; the folder is locked while open.
+
+    Raises:
+        RunError: the folder holds another run, other files, a run of another configuration, or a running process.
+        ArtifactError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    _refuse_occupied(folder, resume)
+    with artifact.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        previous = _previous(folder, recipe, config, console)
+        run = Run(folder, recipe, config, console, poll, command, previous.get("started", _now()))
+        if previous.get("status") != "finished":
+            artifact.write_json(folder / "run.json", run._description("running"))
+        _cut_torn_line(folder / "metrics.jsonl")
+        try:
+            yield run
+        except BaseException as problem:
+            with contextlib.suppress(ArtifactError):
+                run.interrupted(str(problem).splitlines()[0] if str(problem) else type(problem).__name__)
+            raise
+
+
+def _refuse_occupied(folder: Path, resume: bool) -> None:
+    if not (folder / "run.json").is_file():
+        if folder.is_dir() and any(p.name != ".lock" for p in folder.iterdir()):
+            raise RunError(
+                f"{folder} is not empty and holds no run", expected="a free folder", fix="choose another one: --out DIR"
+            )
+    elif not resume:
+        found = artifact.read_json(folder / "run.json")
+        raise RunError(
+            f"{folder} already holds a run of {found.get('recipe')} (status: {found.get('status')})",
+            expected="a free folder",
+            fix="continue it with --resume, or choose another folder with --out DIR",
+        )
+
+
+def _previous(folder: Path, recipe: str, config: Mapping[str, Any], console: Console) -> dict[str, Any]:
+    if not (folder / "run.json").is_file():
+        return {}
+    found: dict[str, Any] = artifact.read_json(folder / "run.json")
+    changed = differences(found.get("config", {}), json.loads(json.dumps(config)))
+    if found.get("recipe") != recipe:
+        changed.insert(0, f"recipe: {found.get('recipe')} -> {recipe}")
+    if changed:
+        raise RunError(
+            f"{folder} holds a run of another configuration: {'; '.join(changed)}",
+            expected="the configuration it was started with",
+            fix="drop these changes to continue it, or start a new run with --out DIR",
+        )
+    elsewhere = differences(found.get("environment", {}), artifact.environment())
+    if elsewhere:
+        console.warn(
+            f"this run was started elsewhere, its numbers may differ in the last digits: {'; '.join(elsewhere)}"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with artifact.writing(folder):
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"another process is running in {folder}",
+                expected="one process a run folder",
+                fix="wait for it to end, or choose another folder with --out DIR",
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Drop the unfinished last line that a killed process may have left; its epoch is trained again."""
+    if path.is_file() and not (content := path.read_bytes()).endswith(b"\n"):
+        artifact.write_bytes(path, content[: content.rfind(b"\n") + 1])
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,1 @@
+"""What pays on a target, decided by measurement: the one place where the stages meet."""

@@ -1,0 +1,74 @@
+"""The report files of a run folder, and how they are rendered again from what is stored beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import artifact
+from ..errors import ArtifactError
+from ..measure.compare import compare_all
+from ..measure.contents import Report
+from ..measure.record import LatencyRecord, read_records
+from ..measure.report import render_html, render_markdown
+from ..measure.table import Table
+
+
+@dataclass(frozen=True)
+class ReportText:
+    """What a report says besides its records; kept as ``report.json``."""
+
+    title: str
+    provenance: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    conditions: tuple[tuple[str, str], ...] = ()
+
+
+def write_report(folder: Path, records: Sequence[LatencyRecord], text: ReportText) -> Report:
+    """Write ``report.json``, ``report.md`` and ``report.html`` into ``folder`` and return the report."""
+    body = {"kind": "report", "title": text.title, "provenance": text.provenance, "conditions": text.conditions}
+    tables = [{"title": t.title, "columns": t.columns, "rows": t.rows, "note": t.note} for t in text.tables]
+    artifact.write_json(folder / "report.json", {**body, "tables": tables})
+    report = _report(records, text)
+    write_report_files(folder, report)
+    return report
+
+
+def load_report(folder: Path) -> Report:
+    """Read a run folder's records and report text again.
+
+    Raises:
+        ArtifactError: no such files, or damaged ones.
+    """
+    stored = artifact.read_json(folder / "report.json")
+    try:
+        tables = tuple(
+            Table(t["title"], tuple(t["columns"]), tuple(map(tuple, t["rows"])), t["note"]) for t in stored["tables"]
+        )
+        conditions = tuple((label, value) for label, value in stored["conditions"])
+        text = ReportText(stored["title"], tuple(stored["provenance"]), tables, conditions)
+    except (KeyError, TypeError, ValueError) as problem:
+        raise ArtifactError(
+            f"{folder / 'report.json'} is no report text ({problem!r})",
+            expected="the file a run wrote",
+            fix="continue the run with --resume",
+        ) from None
+    return _report(read_records(folder / "records.jsonl"), text)
+
+
+def _report(records: Sequence[LatencyRecord], text: ReportText) -> Report:
+    return Report(
+        text.title,
+        tuple(records),
+        compare_all(records),
+        text.provenance,
+        tables=text.tables,
+        conditions=text.conditions,
+    )
+
+
+def write_report_files(folder: Path, report: Report) -> None:
+    """Write ``report.md`` and ``report.html`` into ``folder``."""
+    artifact.write_bytes(folder / "report.md", render_markdown(report).encode())
+    artifact.write_bytes(folder / "report.html", render_html(report).encode())

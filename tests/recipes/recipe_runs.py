@@ -1,0 +1,43 @@
+"""Small recipe runs in processes of their own, so that signals and exit codes are real."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SMALL = [
+    "--model.arguments", "{widths = [8, 8, 16]}", "--fit.epochs", "3", "--fit.warmup_epochs", "0", "--fit.checkpoint_every", "1", "--imp.rounds", "2",
+    "--refill.rounds", "[1, 2]", "--refill.multiple", "4", "--threads", "1", "--deploy.targets", '["cpu"]',
+    "--deploy.batches", "[1]", "--deploy.duration_s", "0.1",
+]  # fmt: skip
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    words = ["run", "imp_refill", "--config", "resnet_digits", "--out", str(folder), *SMALL, *more]
+    return [sys.executable, "-m", "deploy_sparse.cli.main", *words]
+
+
+def finish(folder: Path, *more: str) -> dict:
+    """Run to the end and return the JSON result."""
+    answer = subprocess.run(command(folder, "--json", *more), capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    return json.loads(answer.stdout)
+
+
+def stop_when(
+    folder: Path, appears: str, number: signal.Signals, delay: float, *more: str
+) -> subprocess.CompletedProcess:
+    """Start a run, wait until ``appears`` exists in its folder plus ``delay`` seconds, and send it a signal."""
+    process = subprocess.Popen(
+        command(folder, *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / appears).exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(delay)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -1,0 +1,236 @@
+"""The command line: every verb answers help, JSON and bad input; errors are one message with an exit code."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from deploy_sparse import Ticket, zoo
+from deploy_sparse.cli.main import VERBS, main
+from deploy_sparse.ticket import ModelRef, Provenance
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def run(capsys, *words):
+    code = main(list(words))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def ticket(tmp_path):
+    torch.manual_seed(0)
+    model = zoo.build("resnet_digits", widths=(4, 4, 4))
+    reference = ModelRef("resnet_digits", {"widths": [4, 4, 4]}, (1, 8, 8))
+    made = Ticket(model.state_dict(), {}, reference, Provenance("test"))
+    return made.save(tmp_path / "ticket")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_examples_and_json(capsys, verb):
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert f"deploy-sparse {verb}" in text.split("examples:")[1]
+    assert "--json" in text
+
+
+def test_help_lists_every_verb_and_no_words_is_help(capsys):
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert all(verb in text for verb in VERBS)
+
+
+def test_an_unknown_verb_names_the_nearest(capsys):
+    code, _, err = run(capsys, "biuld")
+    assert code == 2
+    assert "did you mean 'build'?" in err
+
+
+def test_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    import deploy_sparse
+
+    assert deploy_sparse.__version__ in capsys.readouterr().out
+
+
+def test_ls_lists_every_recipe_config_and_target(capsys):
+    code, out, _ = run(capsys, "ls", "--json")
+    listed = json.loads(out)
+    assert code == 0
+    assert set(listed["recipes"]) == {p.stem for p in (ROOT / "recipes").glob("*.py")}
+    assert set(listed["recipes"]["imp_refill"]["configs"]) == {
+        p.stem for p in (ROOT / "recipes/configs/imp_refill").glob("*.toml")
+    }
+    assert set(listed["targets"]) == {p.stem for p in (ROOT / "engines/targets").glob("*.toml")}
+
+
+def test_cat_tells_origins_and_is_toml(capsys):
+    words = ("cat", "imp_refill", "--config", "resnet_digits", "--fit.epochs", "7")
+    code, out, _ = run(capsys, *words)
+    assert code == 0
+    parsed = tomllib.loads(out)
+    assert parsed["fit"]["epochs"] == 7
+    origins = {line.split(" = ")[0]: line.rpartition("# ")[2] for line in out.splitlines() if "# " in line}
+    assert origins["epochs"].startswith("command line")
+    assert origins["rounds"].startswith("file")
+    assert origins["momentum"].startswith("default")
+    rows = json.loads(run(capsys, *words, "--json")[1])
+    assert rows["fit.epochs"] == {"value": 7, "origin": "command line"}
+
+
+def test_every_shipped_config_parses(capsys):
+    configs = sorted((ROOT / "recipes/configs").rglob("*.toml"))
+    assert configs
+    for path in configs:
+        code, _, err = run(capsys, "cat", path.parent.name, "--config", path.stem)
+        assert (code, err) == (0, "")
+
+
+def test_cp_copies_once_and_never_overwrites(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "cp", "imp_refill", "mine.py")[0] == 0
+    assert (tmp_path / "mine.py").read_bytes() == (ROOT / "recipes/imp_refill.py").read_bytes()
+    assert run(capsys, "cp", "imp_refill", "--config", "resnet_digits")[0] == 0
+    assert (tmp_path / "resnet_digits.toml").exists()
+    (tmp_path / "mine.py").write_text("precious")
+    code, _, err = run(capsys, "cp", "imp_refill", "mine.py")
+    assert (code, (tmp_path / "mine.py").read_text()) == (2, "precious")
+    assert "mine.py already exists" in err
+    (tmp_path / "mine.py").unlink()
+    run(capsys, "cp", "imp_refill", "mine.py")
+    assert run(capsys, "cat", "./mine.py", "--config", "resnet_digits.toml")[0] == 0  # the copy works as it is
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "imp_refil"], r"unknown recipe 'imp_refil'.*did you mean 'imp_refill'\?"),
+        (["run", "./none.py"], r"recipe file ./none.py does not exist"),
+        (["run", "imp_refill", "--config", "resnet_digit"], r"unknown config 'resnet_digit'.*did you mean 'resnet_digits'\?"),
+        (["run", "imp_refill", "--config", "./no.toml"], r"no.toml does not exist"),
+        (["run", "imp_refill", "--fit.epoch", "3"], r"unknown key 'fit.epoch' in the command line.*did you mean 'fit.epochs'\?"),
+        (["run", "imp_refill", "--imp.rate", "1.5"], r"imp.rate = '1.5'.*less than 1"),
+        (["run", "imp_refill", "--imp.rate", "0"], r"imp.rate = '0'.*greater than 0"),
+        (["run", "imp_refill", "--model.name", "resnet"], r"unknown network 'resnet'"),
+        (["run", "imp_refill", "--model.name", "resnet18"], r"'resnet18' makes an error.*images of shape \[1, 8, 8\].*in_channels"),
+        (["run", "imp_refill", "--model.arguments", "{classes = 3}"], r"outputs of shape \[2, 3\].*expected: outputs of shape \[2, 10\]"),
+        (["run", "imp_refill", "--data.name", "digit"], r"unknown data set 'digit'.*did you mean 'digits'\?"),
+        (["run", "imp_refill", "--deploy.targets", '["gpu"]'], r"unknown target 'gpu'"),
+        (["run", "imp_refill", "--deploy.batches", "[1, 100000]"], r"deploy.batches holds 100000.*'cpu'.*batches from 1 to"),
+        (["run", "imp_refill", "--refill.rounds", "[9]"], r"refill.rounds = \[9\].*between 1 and imp.rounds = 4"),
+        (["run", "imp_refill", "--imp.rewind_epoch", "99"], r"imp.rewind_epoch = 99.*inside the training"),
+        (["show", "nothing"], r"nothing is not there"),
+        (["compact", "nothing", "--out", "c"], r"nothing does not exist.*deploy-sparse run"),
+        (["build", "nothing"], r"nothing holds nothing.*a .onnx file"),
+        (["build", "nothing", "--target", "rtx-sm88"], r"unknown target 'rtx-sm88'.*did you mean 'rtx-sm8"),
+        (["profile", "x"], r"'x' is no subject.*NAME=ENGINE"),
+        (["profile", "a=nothing"], r"nothing does not exist"),
+        (["profile", "a=x", "a=y"], r"two engines have one name"),
+        (["report", "nothing.jsonl"], r"nothing.jsonl"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_message_and_leaves_nothing(capsys, tmp_path, monkeypatch, words, message):
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *words)
+    assert code == 2
+    assert out == ""
+    assert re.search(message, err, re.S), err
+    assert re.fullmatch(r"(.*\n)*error: [^\n]+\n  expected: [^\n]+\n  next step: [^\n]+\n", err), err
+    assert "Traceback" not in err
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_errors_are_json_when_asked_and_tracebacks_only_with_debug(capsys):
+    code, out, err = run(capsys, "show", "nothing", "--json")
+    assert code == 2
+    assert json.loads(out)["error"]["given"] == "nothing is not there"
+    assert "Traceback" not in err
+    assert "Traceback" in run(capsys, "show", "nothing", "--debug")[2]
+
+
+def test_a_defect_is_called_one(capsys, monkeypatch):
+    from deploy_sparse.cli import ls
+
+    monkeypatch.setattr(ls, "execute", lambda options: 1 / 0)
+    code, _, err = run(capsys, "ls")
+    assert code == 1
+    assert "a defect of deploy-sparse" in err
+    assert "--debug" in err
+
+
+def test_show_says_what_a_ticket_is(capsys, ticket):
+    code, out, _ = run(capsys, "show", str(ticket))
+    assert code == 0
+    assert "resnet_digits" in out
+    assert json.loads(run(capsys, "show", str(ticket), "--json")[1])["hash"] == Ticket.load(ticket).hash
+
+
+def test_a_flipped_bit_in_a_shown_ticket_is_an_error(capsys, ticket):
+    path = ticket / "ticket.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    code, _, err = run(capsys, "show", str(ticket))
+    assert code == 2
+    assert "ticket.safetensors is damaged" in err
+
+
+def test_ticket_to_compact_to_engine_to_profile_to_report(capsys, tmp_path, ticket):
+    """The verbs chain: each one reads what the one before wrote."""
+    assert run(capsys, "compact", str(ticket), "--out", str(tmp_path / "compact"))[0] == 0
+    assert "compact network" in run(capsys, "show", str(tmp_path / "compact"))[1]
+    engines = []
+    for subject in ("ticket", "compact"):
+        code, out, _ = run(
+            capsys, "build", str(tmp_path / subject), "--out", str(tmp_path / "engines"), "--name", subject, "--json"
+        )
+        assert code == 0
+        built = json.loads(out)
+        assert built["runs_here"]
+        engines.append(Path(built["engine"]).parent)
+        assert "onnxruntime" in run(capsys, "show", str(engines[-1]))[1]
+    records = tmp_path / "records.jsonl"
+    code, out, _ = run(
+        capsys, "profile", f"dense={engines[0]}", f"small={engines[1]}", "--batch", "1", "2", "--seconds", "0.1", "--out", str(records)
+    )  # fmt: skip
+    assert code == 0
+    assert "small" in out
+    assert len(records.read_text().splitlines()) == 4
+    assert run(capsys, "show", str(records))[0] == 0
+    code, out, _ = run(capsys, "report", str(records), "--out", str(tmp_path / "report"), "--title", "Two networks")
+    assert code == 0
+    assert "Two networks" in (tmp_path / "report" / "report.html").read_text()
+    code, _, err = run(capsys, "profile", f"dense={engines[0]}", "--batch", "100000")
+    assert code == 2
+    assert "batch" in err
+
+
+def test_doctor_names_what_is_missing(capsys, monkeypatch):
+    from deploy_sparse.cli import doctor
+
+    assert run(capsys, "doctor")[0] == 0
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: "missing" if name == "onnx" else real(name))
+    code, out, _ = run(capsys, "doctor")
+    assert code == 2
+    assert "missing: onnx" in out
+
+
+def test_a_closed_pipe_is_no_error():
+    program = f"{sys.executable} -m deploy_sparse.cli.main ls | head -c 1"
+    answer = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", program], capture_output=True, text=True, env={**os.environ}, check=False
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert "Traceback" not in answer.stderr

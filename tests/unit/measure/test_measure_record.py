@@ -1,0 +1,187 @@
+import json
+import os
+import threading
+import time
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deploy_sparse.errors import ArtifactError
+from deploy_sparse.measure import record as record_module
+from deploy_sparse.measure.record import Conditions, LatencyRecord, append_records, read_records
+from deploy_sparse.measure.timing import summarise
+
+positive = st.floats(1e-6, 1e9)
+names = st.text(min_size=1, max_size=20)
+
+
+def optional(strategy):
+    return st.none() | strategy
+
+
+@st.composite
+def records(draw):
+    values = {
+        "run_id": draw(names),
+        "date": draw(st.datetimes(timezones=st.just(UTC))),
+        "subject": draw(names),
+        "baseline": draw(names),
+        "target": draw(names),
+        "runtime": draw(st.text(max_size=9)),
+        "batch": draw(st.integers(1, 4096)),
+        "accuracy": draw(optional(st.floats(0, 1))),
+        "parameters": draw(optional(st.integers(0, 2**62))),
+        "macs": draw(optional(st.integers(0, 2**62))),
+        "engine_bytes": draw(optional(st.integers(0, 2**62))),
+        "build_seconds": draw(optional(st.floats(0, 1e6))),
+        "peak_memory_bytes": draw(optional(st.integers(0, 2**62))),
+        "hashes": draw(st.dictionaries(names, st.text(max_size=9), max_size=2)),
+        "environment": draw(st.dictionaries(names, st.text(max_size=9), max_size=2)),
+        "conditions": Conditions(
+            threads=draw(optional(st.integers(1, 64))),
+            warmup_ms=draw(positive),
+            duration_s=draw(positive),
+            min_iterations=draw(st.integers(1, 99)),
+            block_ms=draw(positive),
+            interleaved_with=tuple(draw(st.lists(names, max_size=2))),
+            processor_mhz=draw(optional(st.tuples(positive, positive))),
+        ),
+    }
+    if draw(st.booleans()):
+        block = st.lists(positive, min_size=1, max_size=4).map(tuple)
+        blocks = tuple(draw(st.lists(block, min_size=1, max_size=4)))
+        stats = summarise([sample for block in blocks for sample in block])
+        return LatencyRecord(
+            **values, status="timed", stats=stats, samples_ms=blocks, cpu_ms=draw(optional(st.floats(0, 1e6)))
+        )
+    return LatencyRecord(**values, status="compiled, not timed here", reason=draw(names))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(records(), min_size=1, max_size=3))
+def test_records_survive_the_file(tmp_path_factory, written):
+    path = tmp_path_factory.mktemp("records") / "a.jsonl"
+    append_records(path, written[:1])
+    append_records(path, written[1:])
+    assert read_records(path) == tuple(written)
+    assert path.read_bytes().count(b"\n") == len(written)
+
+
+def test_untimed_record_cannot_hold_times(make_record):
+    timed = make_record()
+    for times in (
+        {"samples_ms": timed.samples_ms},
+        {"stats": timed.stats},
+        {"cpu_ms": 1.0},
+    ):
+        with pytest.raises(ArtifactError, match="'compiled, not timed here' but holds times"):
+            make_record(timed=False, **times)
+    with pytest.raises(ArtifactError, match="without a reason"):
+        make_record(timed=False, reason=None)
+
+
+def test_timed_record_needs_samples_and_their_own_statistics(make_record):
+    for missing in ({"samples_ms": ()}, {"stats": None}, {"reason": "busy"}):
+        with pytest.raises(ArtifactError, match="'timed' without samples and statistics"):
+            make_record(**missing)
+    with pytest.raises(ArtifactError, match="statistics that are not those of its samples"):
+        make_record(stats=summarise([0.5]))
+
+
+def test_date_is_utc(make_record):
+    with pytest.raises(ArtifactError, match=r"dated 2026-11-21T09:00:00\+02:00"):
+        make_record(date=datetime(2026, 11, 21, 9, tzinfo=timezone(timedelta(hours=2))))
+
+
+def test_torn_last_line_is_named_and_never_built_upon(tmp_path, make_record):
+    path = tmp_path / "a.jsonl"
+    append_records(path, [make_record(), make_record()])
+    torn = path.read_bytes()[:-40]
+    path.write_bytes(torn)
+    for use in (lambda: read_records(path), lambda: append_records(path, [make_record()])):
+        with pytest.raises(ArtifactError, match=r"a\.jsonl, line 2: the last line is cut short"):
+            use()
+    assert path.read_bytes() == torn
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (lambda c: {**c, "batch": "1"}, "line 2: batch: Input should be a valid integer"),
+        (lambda c: {**c, "latency": 3}, "line 2: latency: Extra inputs are not permitted"),
+        (lambda c: {**c, "schema_version": 2}, "line 2: schema version 2"),
+        (lambda c: {**c, "status": "timed", "reason": None}, "line 2: the record of 'dense' at batch 1 is 'timed' w"),
+        (lambda c: {k: v for k, v in c.items() if k != "subject"}, "line 2: subject: Field required"),
+        (lambda c: [c], "line 2: schema version None"),
+    ],
+)
+def test_line_that_is_no_record_is_named(tmp_path, make_record, alter, message):
+    path = tmp_path / "a.jsonl"
+    append_records(path, [make_record(), make_record(timed=False)])
+    first, second = path.read_text().splitlines()
+    path.write_text(f"{first}\n{json.dumps(alter(json.loads(second)))}\n")
+    with pytest.raises(ArtifactError) as caught:
+        read_records(path)
+    assert f"a.jsonl, {message}" in str(caught.value)
+    assert "remove line 2" in caught.value.fix
+
+
+def test_garbage_and_not_a_number_are_refused(tmp_path, make_record):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(ArtifactError, match=r"a\.jsonl, line 1"):
+        read_records(path)
+    path.write_text(make_record(timed=False).to_json_line().replace("3.25", "NaN") + "\n")
+    with pytest.raises(ArtifactError, match=r"line 1: build_seconds"):
+        read_records(path)
+
+
+def test_missing_file_says_how_to_get_one(tmp_path):
+    with pytest.raises(ArtifactError, match="deploy-sparse profile"):
+        read_records(tmp_path / "none.jsonl")
+
+
+def test_failed_write_leaves_the_file_as_it_was(tmp_path, make_record, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    append_records(path, [make_record()])
+    before = path.read_bytes()
+
+    def full_disk(descriptor, data):
+        os.write(descriptor, data[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record_module, "_write_all", full_disk)
+    with pytest.raises(ArtifactError, match="No space left on device"):
+        append_records(path, [make_record()])
+    assert path.read_bytes() == before
+
+
+def test_writers_side_by_side_lose_nothing(tmp_path, make_record, monkeypatch):
+    path = tmp_path / "a.jsonl"
+
+    def in_two_pieces(descriptor, data):
+        os.write(descriptor, data[:300])
+        time.sleep(0.002)
+        os.write(descriptor, data[300:])
+
+    monkeypatch.setattr(record_module, "_write_all", in_two_pieces)
+
+    def write(name):
+        for batch in range(1, 6):
+            append_records(path, [make_record(name, batch=batch), make_record(name, batch=batch + 100)])
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in ("a", "b", "c", "d")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = [(r.subject, r.batch) for r in read_records(path)]
+    assert sorted(found) == sorted((n, b + k) for n in "abcd" for b in range(1, 6) for k in (0, 100))
+    assert all(found[i][1] + 100 == found[i + 1][1] for i in range(0, len(found), 2))  # a call's records stay together
+
+
+def test_path_that_is_a_folder_is_refused(tmp_path, make_record):
+    with pytest.raises(ArtifactError, match="cannot be written"):
+        append_records(tmp_path, [make_record()])

@@ -1,0 +1,163 @@
+"""Run folders: never mixed up, never lost, continued only with their own configuration."""
+
+import io
+import json
+import signal
+
+import pytest
+
+from deploy_sparse import artifact
+from deploy_sparse.errors import ArtifactError, Interrupted, RunError
+from deploy_sparse.train.console import Console
+from deploy_sparse.train.interrupt import Interrupts
+from deploy_sparse.train.run import open_run
+
+CONFIG = {"seed": 0, "fit": {"epochs": 3}}
+
+
+def opened(folder, *, resume=False, config=CONFIG, recipe="r", console=None):
+    return open_run(
+        folder,
+        recipe,
+        config,
+        resume=resume,
+        command="deploy-sparse run r --resume",
+        console=console or Console(io.StringIO()),
+    )
+
+
+def status(folder):
+    return json.loads((folder / "run.json").read_text())["status"]
+
+
+def save(value, folder):
+    artifact.write_artifact(folder, "thing", {"v": value}, {})
+
+
+def load(folder):
+    return (artifact.read_artifact(folder, "thing", remake="mk").folder / "v").read_bytes()
+
+
+def test_a_stage_is_made_once_and_loaded_after_that(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return b"x"
+
+    for resume in (False, True):
+        with opened(tmp_path / "run", resume=resume) as run:
+            assert run.once("stage", make, save, load) == b"x"
+    assert made == [1]
+
+
+def test_a_damaged_stage_says_what_to_remove(tmp_path):
+    with opened(tmp_path / "run") as run:
+        run.once("stage", lambda: b"x", save, load)
+        (tmp_path / "run" / "stage" / "v").write_bytes(b"y")
+        with pytest.raises(
+            ArtifactError, match=r"is damaged[\s\S]*remove .*stage and continue with: deploy-sparse run r --resume"
+        ):
+            run.once("stage", lambda: b"x", save, load)
+
+
+def test_an_occupied_folder_is_refused_and_untouched(tmp_path):
+    with opened(tmp_path / "run") as run:
+        run.finish({"a": 1})
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    with (
+        pytest.raises(
+            RunError, match=r"already holds a run of r \(status: finished\)[\s\S]*--resume, or choose another folder"
+        ),
+        opened(tmp_path / "run"),
+    ):
+        pass
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("x")
+    with pytest.raises(RunError, match="is not empty and holds no run"), opened(tmp_path / "mine", resume=True):
+        pass
+
+
+def test_a_changed_configuration_is_refused_with_its_difference(tmp_path):
+    with opened(tmp_path / "run"):
+        pass
+    with (
+        pytest.raises(RunError, match=r"another configuration: fit.epochs: 3 -> 4"),
+        opened(tmp_path / "run", resume=True, config={"seed": 0, "fit": {"epochs": 4}}),
+    ):
+        pass
+    with pytest.raises(RunError, match=r"recipe: r -> other"), opened(tmp_path / "run", resume=True, recipe="other"):
+        pass
+
+
+def test_a_torn_last_line_of_metrics_is_cut(tmp_path):
+    with opened(tmp_path / "run") as run:
+        run.log({"epoch": 0})
+        path = run.folder / "metrics.jsonl"
+        path.write_text(path.read_text() + '{"epo')
+    with opened(tmp_path / "run", resume=True) as run:
+        run.log({"epoch": 1})
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"epoch": 0}, {"epoch": 1}]
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    with (
+        opened(tmp_path / "run"),
+        pytest.raises(RunError, match="another process is running in"),
+        opened(tmp_path / "run", resume=True),
+    ):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_one_message(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ArtifactError, match="cannot be written"), opened(tmp_path / "file" / "run"):
+        pass
+
+
+def test_resuming_elsewhere_is_said(tmp_path):
+    with opened(tmp_path / "run"):
+        pass
+    path = tmp_path / "run" / "run.json"
+    path.write_text(path.read_text().replace('"torch": "', '"torch": "9.'))
+    stream = io.StringIO()
+    with opened(tmp_path / "run", resume=True, console=Console(stream)):
+        pass
+    assert "started elsewhere" in stream.getvalue()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_at_the_next_poll_with_the_shells_exit_code(tmp_path, number, code):
+    with (
+        Interrupts("again") as interrupts,
+        pytest.raises(Interrupted, match=r"stopped by SIG[\s\S]*next step: again") as caught,
+        opened(tmp_path / "run"),
+    ):
+        interrupts.poll(signal.raise_signal(number) or "all is saved")
+    assert caught.value.exit_code == code
+    assert status(tmp_path / "run") == "interrupted"
+
+
+def test_no_signal_no_interrupt_and_handlers_are_restored():
+    before = signal.getsignal(signal.SIGTERM)
+    with Interrupts("again") as interrupts:
+        interrupts.poll()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_plain_progress_prints_first_and_last():
+    stream = io.StringIO()
+    with Console(stream).task("training", 9) as progress:
+        for done in range(1, 10):
+            progress.advance(done, "validation 50%")
+    assert stream.getvalue().splitlines() == ["training: 1/9 validation 50%", "training: 9/9 validation 50%"]
+
+
+def test_quiet_keeps_warnings():
+    stream = io.StringIO()
+    console = Console(stream, quiet=True)
+    console.say("news")
+    console.warn("careful")
+    assert stream.getvalue() == "warning: careful\n"
