@@ -46,7 +46,8 @@ def build_engine(
     Args:
         subject: an ``nn.Module`` (or an object with one in ``.module``), a path of an ONNX file, or an ``OnnxFile``.
         target: a shipped name, the path of a TOML file, or a ``Target``.
-        example_inputs: a tensor or a tuple of tensors, batch on axis 0; needed for a module, unused for an ONNX file.
+        example_inputs: a tensor or a tuple of tensors, batch on axis 0; needed for a bare module, unused for an ONNX
+            file; a compact network brings its own.
         out: folder for entries.
         name: a plain name, the first part of the entry's.
 
@@ -149,6 +150,8 @@ def _as_onnx(subject: Any, example_inputs: Any, scratch: Path) -> OnnxFile:
         return subject
     if isinstance(subject, str | Path):
         return read_onnx(subject)
+    if example_inputs is None:
+        example_inputs = getattr(subject, "example_inputs", None)  # a compact network knows what it was verified on
     if example_inputs is None:
         raise BuildError(
             f"a {type(subject).__name__} was given without example_inputs",

@@ -232,7 +232,7 @@ def _group_verdicts(report: Report, group: tuple[LatencyRecord, ...]) -> Iterato
         timed = [record.subject for record in group if record.timed]
         reasons = dict.fromkeys(f"{record.status}: {record.reason}" for record in group if not record.timed)
         text = "; ".join([*([f"{', '.join(timed)} timed, with nothing to compare"] if timed else []), *reasons])
-        yield Sentence("not timed", f"{place}: {text}.")
+        yield Sentence("not timed", f"{place if timed else group[0].target}: {text}.")
 
 
 def _verdict(c: Comparison) -> str:

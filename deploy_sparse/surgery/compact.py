@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from .. import artifact
 from ..errors import SurgeryError
 from ..ticket import Ticket
-from .graph import Inputs
+from .graph import Inputs, as_tuple
 from .narrow import narrow_
 from .plan import REMAKE, SurgeryPlan, decide
 from .verify import Parity, verify
@@ -30,10 +30,12 @@ class Compact:
     Attributes:
         module: an ordinary module in evaluation mode: no masks, no hooks.
         plan: how it was made, with cost and parity.
+        example_inputs: what it was traced with, batch first.
     """
 
     module: nn.Module
     plan: SurgeryPlan
+    example_inputs: tuple[torch.Tensor, ...] = field(repr=False)
 
     @property
     def parity(self) -> Parity:
@@ -72,7 +74,7 @@ def compact(
     inputs = _default_inputs(ticket) if example_inputs is None else example_inputs
     decision = decide(ticket, module, inputs, multiple=multiple)
     parity = verify(decision.dense, decision.compact, inputs, exact=decision.exact)
-    return Compact(decision.compact, replace(decision.plan, parity=parity))
+    return Compact(decision.compact, replace(decision.plan, parity=parity), as_tuple(inputs))
 
 
 def load_compact(folder: str | Path, factory: Callable[[], nn.Module]) -> nn.Module:

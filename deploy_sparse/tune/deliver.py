@@ -129,13 +129,13 @@ def deliver(
     columns, rows = plan.layer_table()
     extra = [
         *tables,
-        Table("Layers before and after surgery", tuple(columns), tuple(map(tuple, rows)), "\n".join(plan.notes())),
+        Table("Layers before and after surgery", tuple(columns), tuple(map(tuple, rows)), "; ".join(plan.notes())),
     ]
     if not_built:
         extra.append(Table("Targets not built", ("target", "why"), tuple(not_built)))
     text = ReportText(
         title=title,
-        provenance=(f"Ticket {ticket.hash[:16]}, compact network verified: {plan.parity}",),
+        provenance=(f"Ticket {ticket.hash[:16]}", f"Compact network verified: {plan.parity}"),
         tables=tuple(extra),
         conditions=(("command", command),) if command else (),
     )

@@ -15,10 +15,9 @@ from deploy_sparse.structure import Channels, Dense, density, structure_of
 from deploy_sparse.surgery.plan import SurgeryPlan
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    return folder, finish(folder)
+@pytest.fixture
+def whole(small_run):
+    return small_run
 
 
 def test_everything_promised_is_there_and_verifies(whole):

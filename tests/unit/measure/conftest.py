@@ -1,5 +1,6 @@
 """A clock that only moves when a fake call works, and records made from it."""
 
+import gc
 from datetime import UTC, datetime
 
 import numpy as np
@@ -72,3 +73,12 @@ def make_record(subject="dense", blocks=None, *, ms=1.0, count=20, timed=True, s
 @pytest.fixture(name="make_record")
 def _make_record():
     return make_record
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _older_objects_are_not_collected():
+    """Timing collects garbage first, which takes long in a process that other tests have filled."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -161,3 +161,16 @@ def test_quiet_keeps_warnings():
     console.say("news")
     console.warn("careful")
     assert stream.getvalue() == "warning: careful\n"
+
+
+def test_live_progress_draws_a_bar_and_leaves_one_line():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    with Console(stream).task("training", 2) as progress:
+        progress.advance(1, "validation 50%")
+        progress.advance(2, "validation 60%")
+    assert stream.getvalue().endswith("training\n")
+    assert "2/2" in stream.getvalue()

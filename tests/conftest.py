@@ -1,0 +1,22 @@
+"""What every test may rely on: exports at full speed, and one small finished run to read."""
+
+import logging
+
+import pytest
+from recipe_runs import finish
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _structured_torch_logs_stay_out_of_pytest():
+    """pytest's log capture makes torch write a structured trace of every export, which is eight times slower."""
+    logger = logging.getLogger("torch.__trace")
+    before, logger.propagate = logger.propagate, False
+    yield
+    logger.propagate = before
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """(folder, JSON result) of a small run of imp_refill."""
+    folder = tmp_path_factory.mktemp("runs") / "imp_refill-resnet_digits"
+    return folder, finish(folder)

@@ -1,0 +1,116 @@
+"""What the documentation says is true: its commands run, its links resolve, its numbers are the committed records'."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from recipe_runs import SMALL
+
+from deploy_sparse.cli.main import main
+from deploy_sparse.tune.run_report import load_report, write_report_files
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(
+    p
+    for p in ROOT.rglob("*.md")
+    if not {"runs", "node_modules"} & set(p.relative_to(ROOT).parts)
+    and not any(part.startswith(".") for part in p.relative_to(ROOT).parts)
+)
+RECORDS = sorted(p.parent for p in (ROOT / "benchmarks/records").rglob("report.json"))
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def workplace(small_run, tmp_path, monkeypatch):
+    """A folder in which the README's small run is finished already."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "imp_refill-resnet_digits").symlink_to(small_run[0])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_command_of_the_readme_runs(workplace, capsys):
+    lines = [line.partition("#")[0].strip() for block in blocks("README.md", "sh") for line in block.splitlines()]
+    commands = [shlex.split(line) for line in lines if line.startswith("deploy-sparse ")]
+    assert {words[1] for words in commands} == {
+        "doctor",
+        "ls",
+        "run",
+        "cat",
+        "cp",
+        "show",
+        "compact",
+        "build",
+        "profile",
+        "report",
+    }
+    for words in commands:
+        if words[1] == "run":  # the small run: the whole one is `make demo`
+            words += SMALL if "--resume" in words else [*SMALL, "--out", "runs/fresh"]
+        expanded = [str(next(workplace.glob(w.partition("=")[2]))) if "*" in w else w for w in words[1:]]
+        expanded = [f"{w.partition('=')[0]}={e}" if "*" in w else e for w, e in zip(words[1:], expanded, strict=True)]
+        assert main(expanded) == 0, (words, capsys.readouterr().err)
+
+
+def test_every_python_block_of_the_readme_runs(workplace, capsys):
+    namespace: dict = {}
+    for block in blocks("README.md", "python"):
+        exec(compile(block, "README.md", "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert namespace["output"].shape == (4, 10)
+    assert "Conv2d(3, 8, kernel_size=(3, 3)" in printed
+    assert "max|Δ|" in printed
+
+
+def test_the_first_commands_are_the_two_make_targets():
+    assert [line.split("#")[0].strip() for line in blocks("README.md", "sh")[0].splitlines()] == [
+        "make demo",
+        "make test",
+    ]
+    makefile = (ROOT / "Makefile").read_text()
+    for page in PAGES:
+        for target in re.findall(r"^make (\w+)", "\n".join(blocks(page, "sh")), re.MULTILINE):
+            assert f"\n{target}:" in makefile, f"{page}: make {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_relative_link_resolves(page):
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+def test_the_readmes_numbers_are_the_records():
+    specification = importlib.util.spec_from_file_location("keep", ROOT / "benchmarks" / "keep.py")
+    keep = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(keep)
+    readme = (ROOT / "README.md").read_text()
+    assert keep.RECORD.findall(readme)
+    assert keep.with_tables(readme) == readme
+
+
+@pytest.mark.parametrize("folder", RECORDS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_committed_reports_render_byte_for_byte(folder, tmp_path):
+    write_report_files(tmp_path, load_report(folder))
+    for name in ("report.md", "report.html"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_there_are_records():
+    assert RECORDS
+
+
+def test_the_repository_speaks_of_the_project_alone():
+    """No path of a developer's machine, no package-registry host."""
+    banned = re.compile(r"/work/|/tmp/[a-z]|/home/|/root/|index-url|pypi\.org|files\.pythonhosted|pypi\.nvidia")
+    for path in ROOT.rglob("*"):
+        parts = path.relative_to(ROOT).parts
+        if path.suffix in {".py", ".md", ".toml", ".json", ".jsonl", ".html"} and not any(
+            p.startswith(".") or p in {"runs", "out", "dist", "build"} for p in parts
+        ):
+            found = banned.search(path.read_text())
+            assert path == Path(__file__) or found is None, f"{path}: {found}"

@@ -1,0 +1,222 @@
+"""Channel groups of networks whose coupling is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from surgery_nets import SHAPE, Block, RandomNet, groups_by_name, randomised
+from torch import nn
+
+from deploy_sparse.errors import SurgeryError
+from deploy_sparse.structure import Slice
+from deploy_sparse.surgery import channel_groups
+
+X = torch.zeros(2, *SHAPE)
+
+
+def names(slices):
+    return [s.name for s in slices]
+
+
+def test_residual_sum_couples_its_producers_and_keeps_their_norms_apart():
+    groups = groups_by_name(RandomNet([Block("projection", 4)], flatten=False))
+    group = groups["steps.0.body.1.0.weight"]
+    assert names(p.weight for p in group.producers) == ["steps.0.body.1.0.weight", "steps.0.short.weight"]
+    assert names(group.producers[0].norms) == ["steps.0.body.1.1.weight", "steps.0.body.1.1.bias"]
+    assert group.producers[1].norms == ()
+    assert names(group.statistics) == ["steps.0.body.1.1.running_mean", "steps.0.body.1.1.running_var"]
+    assert names(group.consumers) == ["hidden.weight"]
+    assert (group.size, group.pinned) == (4, None)
+
+
+def test_groups_come_in_the_order_of_their_first_producer():
+    net = RandomNet([Block("projection", 4), Block("chain", 3)], flatten=False)
+    order = [g.name for g in channel_groups(net, X)]
+    assert order == [
+        "stem.0.weight",
+        "steps.0.body.0.0.weight",
+        "steps.0.body.1.0.weight",
+        "steps.1.body.0.weight",
+        "hidden.weight",
+        "fc.weight",
+    ]
+    assert order == [g.name for g in channel_groups(randomised(net), torch.ones_like(X))]
+
+
+def test_flatten_repeats_each_channel_once_per_pixel():
+    groups = groups_by_name(RandomNet([Block("chain", 3)], flatten=True))
+    (columns,) = groups["steps.0.body.0.weight"].consumers
+    assert columns == Slice("hidden.weight", 1, (0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2))
+
+
+def test_concatenated_groups_stay_apart_and_share_the_consumer():
+    groups = groups_by_name(RandomNet([Block("concat", 2)], flatten=False))
+    first, second = groups["stem.0.weight"], groups["steps.0.body.0.weight"]
+    assert Slice("hidden.weight", 1, (0, 1, 2, 3, 4, -1, -1)) in first.consumers
+    assert Slice("hidden.weight", 1, (-1, -1, -1, -1, -1, 0, 1)) in second.consumers
+
+
+def test_depthwise_filters_belong_to_the_channels_they_pass_on():
+    group = groups_by_name(RandomNet([Block("depthwise", 1, bias=True)], flatten=False))["stem.0.weight"]
+    assert names(group.shared) == ["steps.0.body.0.weight", "steps.0.body.0.bias"]
+    assert "steps.0.body.1.weight" in names(group.producers[0].norms)
+
+
+def test_norm_after_a_sum_belongs_to_no_single_producer():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.bn = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            self.fc = nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            return self.fc(self.bn(self.a(x) + self.b(x)))
+
+    group = groups_by_name(Net())["a.weight"]
+    assert names(group.shared) == ["bn.weight", "bn.bias"]
+    assert [p.norms for p in group.producers] == [(), ()]
+
+
+def test_gate_per_channel_couples_and_gate_per_pixel_does_not():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.channel, self.pixel = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 1, 1)
+            self.fc = nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            x = self.a(x)
+            x = x * torch.sigmoid(self.channel(x.mean((2, 3), keepdim=True)))
+            return self.fc(x * torch.sigmoid(self.pixel(x)))
+
+    groups = groups_by_name(Net())
+    assert names(p.weight for p in groups["a.weight"].producers) == ["a.weight", "channel.weight"]
+    assert groups["a.weight"].pinned is None
+    assert groups["a.weight"].size == 4
+    assert "one value serves many channels at aten.mul" in groups["pixel.weight"].pinned
+
+
+def test_chunks_of_one_tensor_lose_the_same_channels():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.fc = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 2, 1)
+
+        def forward(self, x):
+            left, right = self.a(x).chunk(2, dim=1)
+            return self.fc(left * torch.sigmoid(right))
+
+    group = groups_by_name(Net())["a.weight"]
+    assert group.producers[0].weight.channels == (0, 1, 2, 0, 1, 2)
+    assert (group.size, group.pinned) == (3, None)
+
+
+def test_functional_and_shared_modules_are_followed():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.shared = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+            self.kernel = nn.Parameter(torch.randn(2, 4, 1, 1))
+            self.scale = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            x = self.shared(F.relu(self.shared(self.stem(x))))
+            return F.conv2d(x * self.scale.view(1, -1, 1, 1), self.kernel)
+
+    group = groups_by_name(Net())["stem.weight"]
+    assert names(p.weight for p in group.producers) == ["stem.weight", "shared.weight"]
+    assert names(group.consumers) == ["shared.weight", "kernel"]
+    assert names(group.shared) == ["scale"]
+
+
+class Tail(nn.Module):
+    """A stem, something done to its channels, and a classifier; ``free`` is a branch nothing happens to."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.stem, self.fc, self.what = nn.Conv2d(3, 4, 1), nn.LazyConv2d(2, 1), what
+        self.free, self.last = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 2, 1)
+        self.register_buffer("hidden_scale", torch.ones(1, 4, 1, 1), persistent=False)
+        self.forward(X)
+
+    def forward(self, x):
+        return self.fc(self.what(self, self.stem(x))).mean((2, 3)) + self.last(self.free(x)).mean((2, 3))
+
+
+PINS = {
+    "unknown operation aten.cumsum.default in the network itself": lambda net, x: x.cumsum(1),
+    "channels are picked at fixed positions by aten.slice.Tensor": lambda net, x: x[:, :2],
+    "channels are picked at fixed positions by aten.split.Tensor": lambda net, x: torch.split(x, 2, 1)[0],
+    "channels are split unevenly by aten.chunk": lambda net, x: x.chunk(3, 1)[0],
+    "the channel axis is padded by aten.pad": lambda net, x: F.pad(x, (0, 0, 0, 0, 1, 1)),
+    "channels are mixed by aten.mean.dim": lambda net, x: x.mean(1, keepdim=True),
+    "channels are spread over several axes by aten.view": lambda net, x: x.view(2, 2, 2, 8, 8).sum(4).sum(1)[..., None],
+    "channels meet the network input at aten.add": lambda net, x: x,
+    "channels meet constant tensor": lambda net, x: x * net.hidden_scale,
+}
+
+
+@pytest.mark.parametrize("reason", PINS)
+def test_what_is_not_understood_is_named_and_pinned_and_the_rest_is_free(reason):
+    net = Tail(PINS[reason]) if "network input" not in reason else InputMeetsChannels()
+    groups = groups_by_name(net)
+    assert reason in groups["stem.weight"].pinned
+    assert groups["free.weight"].pinned is None
+    assert groups["fc.weight"].pinned == "network output"
+
+
+class InputMeetsChannels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1)
+        self.free, self.last = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 2, 1)
+
+    def forward(self, x):
+        return self.fc(self.stem(x) + x) + self.last(self.free(x))
+
+
+def test_grouped_convolution_is_pinned_with_its_input():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    groups = groups_by_name(net)
+    for name in ("0.weight", "1.weight"):
+        assert groups[name].pinned == "grouped convolution (groups=2) aten.conv2d.default in layer '1'"
+
+
+def test_in_place_write_is_seen_by_later_readers_of_the_same_memory():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            part = x[:, :, 1:]
+            part.add_(1.0)
+            return self.fc(torch.cat([x, x], 1))
+
+    assert "memory shared with in-place aten.add_.Tensor" in groups_by_name(Net())["stem.weight"].pinned
+
+
+def test_training_flags_are_restored():
+    net = RandomNet([Block("chain", 3)], flatten=False).train()
+    net.stem.eval()
+    before = {name: part.training for name, part in net.named_modules()}
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    channel_groups(net, X)
+    assert {name: part.training for name, part in net.named_modules()} == before
+    assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+
+
+def test_network_that_cannot_be_traced_is_refused_in_one_line():
+    class Net(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(SurgeryError, match=r"the network cannot be traced: .*\n  expected: a module that runs"):
+        channel_groups(Net(), X)
+
+
+def test_wrong_input_shape_is_refused():
+    with pytest.raises(SurgeryError, match="cannot be traced"):
+        channel_groups(nn.Conv2d(4, 2, 1), X)

@@ -1,0 +1,121 @@
+"""Delivery: every step done once, what cannot be built is said, nothing gets a made-up time."""
+
+import pytest
+import torch
+from torch import nn
+
+from deploy_sparse.engine import _trt
+from deploy_sparse.errors import ConfigError, Interrupted, MissingDependencyError
+from deploy_sparse.measure.record import read_records
+from deploy_sparse.measure.table import Table
+from deploy_sparse.ticket import ModelRef, Provenance, Ticket
+from deploy_sparse.tune.deliver import DeployConfig, check, deliver
+from deploy_sparse.tune.run_report import load_report
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+    )  # fmt: skip
+
+
+def tickets():
+    weights = network().state_dict()
+    rows = torch.arange(8) < 4
+    masks = {"0.weight": rows.reshape(8, 1, 1, 1).expand(8, 1, 3, 3), "1.weight": rows, "1.bias": rows}
+    reference = ModelRef("user factory", input_shape=(1, 6, 6))
+    dense = Ticket(weights, {}, reference, Provenance("dense"))
+    return dense, Ticket(weights, masks, reference, Provenance("by hand"))
+
+
+def run(folder, *, targets=("cpu",), evaluate=lambda predict: 0.5, **options):
+    dense, ticket = tickets()
+    said = []
+    result = deliver(
+        dense=dense, ticket=ticket, factory=network, example_inputs=(torch.randn(4, 1, 6, 6),), evaluate=evaluate, folder=folder,
+        config=DeployConfig(targets=targets, batches=(1, 2), duration_s=0.05), title="a title", say=said.append, **options,
+    )  # fmt: skip
+    return result, said
+
+
+def test_the_metric_is_computed_with_the_deployed_engine_in_its_batch_range(tmp_path):
+    images = torch.randn(600, 1, 6, 6)  # more than the largest batch of the target
+    seen = []
+
+    def evaluate(predict):
+        seen.append(predict(images))
+        return 0.25
+
+    result, _ = run(tmp_path, evaluate=evaluate)
+    with torch.no_grad():
+        expected = network().eval()(images)
+    torch.testing.assert_close(seen[0], expected, atol=1e-5, rtol=1e-4)
+    assert seen[1].shape == (600, 3)
+    assert all("25.00 %" in row for row in result["timed"]["rows"])
+    assert {record.accuracy for record in read_records(tmp_path / "records.jsonl")} == {0.25}
+
+
+def test_a_second_delivery_repeats_nothing_and_gives_the_same_result(tmp_path):
+    first, _ = run(tmp_path)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and not p.name.startswith("report")}
+    second, _ = run(tmp_path, evaluate=lambda predict: pytest.fail("evaluated again"))
+    assert second == first
+    assert before == {
+        p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and not p.name.startswith("report")
+    }
+
+
+def test_a_missing_library_is_listed_and_the_rest_is_delivered(tmp_path, monkeypatch):
+    def missing(runtime):
+        raise MissingDependencyError(
+            "tensorrt_rtx is not installed", expected="it", fix="pip install 'deploy-sparse[rtx]'"
+        )
+
+    monkeypatch.setattr(_trt, "library", missing)
+    result, said = run(tmp_path, targets=("cpu", "rtx-sm89"))
+    assert any("rtx-sm89: not built, tensorrt_rtx is not installed" in line for line in said)
+    assert len(result["timed"]["rows"]) == 4
+    assert "Targets not built" in (tmp_path / "report.md").read_text()
+
+
+def test_compiled_engines_are_listed_without_times(tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    if _trt.local_gpu() is not None:
+        pytest.skip("a GPU is here: the engines are timed")
+    result, _ = run(tmp_path, targets=("cpu", "rtx-sm89"))
+    assert {row[1] for row in result["timed"]["rows"]} == {"cpu"}
+    assert [row[:2] for row in result["not_timed"]["rows"]] == [["dense", "rtx-sm89"], ["ticket", "rtx-sm89"]]
+    untimed = [r for r in read_records(tmp_path / "records.jsonl") if r.target == "rtx-sm89"]
+    assert len(untimed) == 2
+    assert all(r.stats is None and r.accuracy is None and r.engine_bytes for r in untimed)
+
+
+def test_extra_tables_and_the_command_are_in_the_report(tmp_path):
+    run(tmp_path, tables=(Table("Rounds", ("a",), (("b",),)),), command="deploy-sparse run x --resume")
+    report = load_report(tmp_path)
+    assert [t.title for t in report.tables] == ["Rounds", "Layers before and after surgery"]
+    assert ("command", "deploy-sparse run x --resume") in report.conditions
+
+
+def test_a_stop_between_steps_keeps_the_finished_ones(tmp_path):
+    calls = []
+
+    def poll():
+        calls.append(1)
+        if len(calls) == 2:
+            raise Interrupted("stopped", signal_number=15, fix="go on")
+
+    with pytest.raises(Interrupted):
+        run(tmp_path, poll=poll)
+    assert (tmp_path / "compact").exists()
+    assert not (tmp_path / "records.jsonl").exists()
+    run(tmp_path)
+    assert (tmp_path / "report.html").exists()
+
+
+def test_unknown_targets_and_batches_outside_the_range_are_refused_early():
+    with pytest.raises(ConfigError, match="unknown target 'cpuu'"):
+        check(DeployConfig(targets=("cpuu",)))
+    with pytest.raises(ConfigError, match=r"deploy.batches holds 0[\s\S]*batches from 1"):
+        check(DeployConfig(batches=(0,)))
