@@ -15,6 +15,8 @@ from .table import UNKNOWN, Table, count, percent, ratio_and_interval, significa
 
 Key = tuple[str, str, int, str]  # run, target, batch, subject
 
+_FINER = ("change, points", "engine KiB", "p99 ms", "samples/s")
+
 
 @dataclass(frozen=True)
 class Report:
@@ -120,32 +122,11 @@ def main_table(report: Report) -> Table:
 
 
 def final_table(report: Report) -> Table:
-    """The short table for a terminal: one row per timed record; :func:`untimed_table` has the others."""
-    rows = []
-    for group in report.groups:
-        for record in group:
-            if record.stats is None:
-                continue
-            comparison = report.comparison_of(record)
-            rows.append(
-                (
-                    record.subject,
-                    record.target,
-                    record.batch,
-                    percent(record.accuracy),
-                    count(record.parameters),
-                    count(record.macs),
-                    record.stats.p50,
-                    record.stats.p90,
-                    _speed_up(record, comparison),
-                    times(comparison.mac_ratio) if comparison else UNKNOWN,
-                )
-            )
-    columns = (
-        *("subject", "target", "batch", "test accuracy", "parameters", "MACs", "p50 ms", "p90 ms"),
-        *("speed-up (95 % interval)", "predicted by MACs"),
-    )
-    return Table("Timed", columns, tuple(rows), "" if rows else "Nothing was timed here.")
+    """The short table for a terminal: the main table without its finer columns; :func:`untimed_table` has the rest."""
+    full = main_table(report)
+    shown = [i for i, name in enumerate(full.columns) if name not in _FINER]
+    rows = tuple(tuple(row[i] for i in shown) for row in full.rows)
+    return Table("Timed", tuple(full.columns[i] for i in shown), rows, "" if rows else full.note)
 
 
 def spread_table(report: Report) -> Table:
