@@ -116,7 +116,8 @@ def main_table(report: Report) -> Table:
     )
     note = (
         "The speed-up is the median over paired blocks of baseline time / subject time; above 1× is faster. "
-        f"Nothing within {100 * REOPENING:g} % of 1× counts as faster or slower."
+        f"Nothing within {100 * REOPENING:g} % of 1× counts as faster or slower. The interval speaks for this run: "
+        "another run, or a rebuilt engine, may differ by a few percent."
     )
     return Table("Results", columns, tuple(rows), note if rows else "Nothing was timed here.")
 
