@@ -23,6 +23,7 @@ from typing import Any
 from .errors import ArtifactError
 
 FORMAT_VERSION = 1
+KINDS = ("ticket", "plan", "engine", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,12 @@ def writing(path: Path) -> Iterator[None]:
     """Turns an OSError met while writing ``path`` into an :class:`ArtifactError`."""
     try:
         yield
+    except (FileExistsError, NotADirectoryError) as problem:
+        raise ArtifactError(
+            f"{path} cannot be written: {problem.filename} is a file",
+            expected="a folder there",
+            fix="choose another output folder; nothing that was there is lost",
+        ) from problem
     except OSError as problem:
         raise ArtifactError(
             f"{path} cannot be written ({problem.strerror or problem})",
@@ -115,7 +122,14 @@ def describe(kind: str, payload: Mapping[str, bytes], body: Mapping[str, Any]) -
         **body,
         "files": {name: {"bytes": len(data), "sha256": sha256_bytes(data)} for name, data in sorted(payload.items())},
     }
-    return {**sidecar, "digest": digest_of(sidecar)}
+    try:
+        return {**sidecar, "digest": digest_of(sidecar)}
+    except (TypeError, ValueError) as problem:
+        raise ArtifactError(
+            f"the description of a {kind} holds a value that JSON does not know ({problem})",
+            expected="texts, finite numbers, booleans, lists and tables",
+            fix="convert it, for example with float(x), or leave it out",
+        ) from None
 
 
 def write_artifact(folder: Path, kind: str, payload: Mapping[str, bytes], body: Mapping[str, Any]) -> Artifact:
@@ -134,7 +148,7 @@ def write_artifact(folder: Path, kind: str, payload: Mapping[str, bytes], body: 
     """
     folder = Path(folder)
     sidecar = describe(kind, payload, body)
-    if folder.exists():
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         return _same_content(folder, kind, sidecar["digest"])
     temporary = _temporary_name(folder)
     with writing(folder):
@@ -185,7 +199,11 @@ def read_artifact(path: Path, kind: str, *, remake: str) -> Artifact:
             fix=f"make it again with this version: {remake}",
         )
     digest = sidecar.pop("digest", None)
-    if digest_of(sidecar) != digest or sidecar.get("kind") != kind:
+    try:
+        matches = digest_of(sidecar) == digest and sidecar.get("kind") == kind
+    except ValueError:  # NaN, which this toolkit never writes
+        matches = False
+    if not matches:
         raise _altered(sidecar_path, "its digest does not match its content", remake)
     for name, entry in sidecar["files"].items():
         _verify_file(folder / name, entry, remake)
@@ -200,8 +218,11 @@ def artifact_folder(path: Path) -> Path:
 
 
 def kind_of(path: Path) -> str | None:
-    """The kind of artifact ``path`` names, or None. Only looks; does not verify."""
+    """The kind of artifact ``path`` names, or None. Only looks; a damaged sidecar still tells by its name."""
     folder = artifact_folder(path)
+    for kind in KINDS:
+        if (folder / f"{kind}.json").is_file():
+            return kind
     for sidecar in sorted(folder.glob("*.json")):
         with contextlib.suppress(ArtifactError):
             content = read_json(sidecar)
@@ -254,12 +275,13 @@ def _same_content(folder: Path, kind: str, digest: str) -> Artifact:
 def _verify_file(path: Path, entry: Mapping[str, Any], remake: str) -> None:
     if not path.is_file():
         raise _altered(path, "the file is missing", remake)
+    expected_size, expected_hash = entry.get("bytes"), str(entry.get("sha256"))
     size = path.stat().st_size
-    if size != entry["bytes"]:
-        raise _altered(path, f"it has {size} bytes, not {entry['bytes']}", remake)
+    if size != expected_size:
+        raise _altered(path, f"it has {size} bytes, not {expected_size}", remake)
     actual = sha256_file(path)
-    if actual != entry["sha256"]:
-        raise _altered(path, f"its SHA-256 is {actual[:12]}…, not {entry['sha256'][:12]}…", remake)
+    if actual != expected_hash:
+        raise _altered(path, f"its SHA-256 is {actual[:12]}…, not {expected_hash[:12]}…", remake)
 
 
 def _altered(path: Path, what: str, remake: str) -> ArtifactError:

@@ -171,6 +171,22 @@ def _value(text: str) -> Any:
         return text
 
 
+_WORDS = {
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "tuple_type": "a list",
+    "too_short": "a list with at least one entry",
+}
+_EXAMPLES = {
+    "int_parsing": "--{key} 3",
+    "int_from_float": "--{key} 3",
+    "float_parsing": "--{key} 0.1",
+    "tuple_type": "--{key} '[1, 32]' or --{key} '[\"cpu\"]'",
+    "too_short": "--{key} '[1, 32]' or --{key} '[\"cpu\"]'",
+}
+
+
 def _nested(annotation: Any) -> type[Config] | None:
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, Config):
@@ -190,6 +206,12 @@ def _readable(kind: type[Config], detail: ErrorDetails, source: str) -> ConfigEr
         )
     if detail["type"] == "missing":
         return ConfigError(f"{key!r} is missing in {source}", expected="a value for it", fix=f"add it: --{key} VALUE")
+    if detail["type"] in _WORDS:
+        return ConfigError(
+            f"{key} = {detail['input']!r} in {source}",
+            expected=_WORDS[detail["type"]],
+            fix=f"for example {_EXAMPLES[detail['type']].format(key=key)}",
+        )
     message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return ConfigError(
         f"{key} = {detail['input']!r} in {source}", expected=message, fix=f"choose another value: --{key} VALUE"

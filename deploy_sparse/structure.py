@@ -85,19 +85,24 @@ Structure = Dense | Channels | Unstructured
 
 
 def structure_of(mask: torch.Tensor) -> Structure:
-    """The structure of one mask of shape ``[c_out, ...]``, seen along its rows.
+    """The structure of one mask of shape ``[c_out, ...]``, seen along its output channels.
 
-    A column that is masked for every surviving row (a consumer that lost an input channel) counts as structure too:
-    rows are judged on the columns that any row uses.
+    Input channels that no surviving output channel uses (their producer let them go) do not make rows partly filled.
     """
-    rows = mask.reshape(mask.shape[0], -1)  # [c_out, n]
-    if bool(rows.all()):
+    if bool(mask.all()):
         return Dense()
-    used = rows.any(dim=0)  # [n]
-    kept = rows.any(dim=1)  # [c_out]
-    if bool(used.any()) and bool(rows[kept][:, used].all()):
+    cells = mask.reshape(*mask.shape[:2], -1) if mask.dim() > 1 else mask[:, None, None]  # [c_out, c_in, taps]
+    kept, used = cells.any(dim=(1, 2)), cells.any(dim=(0, 2))  # [c_out], [c_in]
+    if bool(used.any()) and bool(cells[kept][:, used].all()):
         return Channels(tuple(kept.nonzero().flatten().tolist()))
-    return Unstructured(float(rows.float().mean()))
+    return Unstructured(float(mask.float().mean()))
+
+
+def row_density(masks: Masks) -> float:
+    """Share of weights whose output channel survives, the papers' "remaining weights" of a channel-wise ticket."""
+    weights = [m.reshape(len(m), -1) for m in masks.values() if m.dim() > 1]
+    total = sum(m.numel() for m in weights)
+    return sum(int(m.any(dim=1).sum()) * m.shape[1] for m in weights) / total if total else 1.0
 
 
 def density(masks: Masks) -> float:

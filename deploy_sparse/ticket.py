@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as bytes_from_tensors
 
@@ -152,8 +153,8 @@ class Ticket:
             TicketError: consistent on disk but not a usable ticket.
         """
         found = artifact.read_artifact(Path(folder), "ticket", remake=REMAKE)
-        tensors = tensors_from_bytes((found.folder / _PAYLOAD).read_bytes())
         try:
+            tensors = tensors_from_bytes((found.folder / _PAYLOAD).read_bytes())
             model, provenance = found.body["model"], found.body["provenance"]
             masks = {
                 name: _unpack(tensors[f"mask/{name}"], tuple(shape)) for name, shape in found.body["masks"].items()
@@ -161,10 +162,10 @@ class Ticket:
             ticket = cls(
                 weights={k.removeprefix("weight/"): v for k, v in tensors.items() if k.startswith("weight/")},
                 masks=masks,
-                model=ModelRef(model["name"], model["arguments"], tuple(model["input_shape"])),
+                model=ModelRef(str(model["name"]), dict(model["arguments"]), tuple(model["input_shape"])),
                 provenance=Provenance(**provenance),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, SafetensorError) as problem:
             raise ArtifactError(
                 f"{found.folder} is not a readable ticket ({problem!r})",
                 expected="a ticket written by this toolkit",
@@ -173,9 +174,9 @@ class Ticket:
         return ticket.validate()
 
     def _content(self) -> tuple[dict[str, bytes], dict[str, Any]]:
-        tensors = {f"weight/{k}": v.detach().cpu().contiguous() for k, v in self.weights.items()}
+        _refuse_tied(self.weights)
+        tensors = {f"weight/{k}": _own(v) for k, v in self.weights.items()}
         tensors |= {f"mask/{k}": _pack(v) for k, v in self.masks.items()}
-        _refuse_shared_storage(tensors)
         body = {
             "model": {**asdict(self.model), "input_shape": list(self.model.input_shape)},
             "provenance": asdict(self.provenance),
@@ -253,15 +254,22 @@ def _unpack(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(bits.astype(bool)).reshape(shape)
 
 
-def _refuse_shared_storage(tensors: Mapping[str, torch.Tensor]) -> None:
-    owners: dict[int, str] = {}
-    for name, tensor in tensors.items():
-        if tensor.numel() == 0:
+def _own(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` on the CPU in a storage of its own, as the file format wants it."""
+    weight = weight.detach().cpu().contiguous()
+    alone = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+    return weight if alone else weight.clone()
+
+
+def _refuse_tied(weights: Mapping[str, torch.Tensor]) -> None:
+    owners: dict[tuple[int, tuple[int, ...]], str] = {}
+    for name, weight in weights.items():
+        if weight.numel() == 0:
             continue
-        other = owners.setdefault(tensor.data_ptr(), name)
+        other = owners.setdefault((weight.data_ptr(), tuple(weight.shape)), name)
         if other != name:
             raise TicketError(
-                f"{name.split('/', 1)[1]!r} and {other.split('/', 1)[1]!r} are one tied tensor",
+                f"{name!r} and {other!r} are one tied tensor",
                 expected="every weight stored once",
                 fix="untie them first (clone one of the two), or drop one name from the state dict",
             )

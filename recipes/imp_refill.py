@@ -18,27 +18,27 @@ Everything goes into the run folder; an interrupted run continues with ``--resum
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from pydantic import Field
 
-from deploy_sparse import artifact, data, zoo
+from deploy_sparse import data, zoo
 from deploy_sparse.config import Config
-from deploy_sparse.data import Splits
 from deploy_sparse.errors import ConfigError
-from deploy_sparse.measure.report import Table
+from deploy_sparse.measure.table import Table
 from deploy_sparse.sparsify.imp import dense_masks, prune_lowest
-from deploy_sparse.sparsify.method import StaticMasks
+from deploy_sparse.sparsify.method import Method, StaticMasks
 from deploy_sparse.sparsify.refill import Coupling, refill
-from deploy_sparse.structure import Masks, density
+from deploy_sparse.structure import density, row_density
 from deploy_sparse.surgery.graph import channel_groups
-from deploy_sparse.ticket import ModelRef, Provenance, Ticket
-from deploy_sparse.train.loop import FitConfig, State, accuracy, copy_state, fit
+from deploy_sparse.ticket import ModelRef, Ticket
+from deploy_sparse.train.loop import FitConfig, accuracy, check_batch_size
 from deploy_sparse.train.run import Run
-from deploy_sparse.tune.deliver import DeployConfig, deliver
-from deploy_sparse.tune.deliver import check as check_deploy
+from deploy_sparse.train.tickets import TicketTrainer
+from deploy_sparse.tune.deliver import DeployConfig, check_deploy, deliver
 
 
 class ModelConfig(Config):
@@ -77,8 +77,8 @@ class RefillConfig(Config):
 class RecipeConfig(Config):
     """All of the recipe's configuration."""
 
-    seed: int = Field(0, ge=0, description="initialisation, split, data order")
-    threads: int = Field(0, ge=0, description="CPU threads for training; 0 for all")
+    seed: int = Field(0, ge=0, lt=2**32, description="initialisation, split, data order")
+    threads: int = Field(2, ge=1, description="CPU threads for training; the last digits of sums depend on it")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     fit: FitConfig = FitConfig()
@@ -94,12 +94,15 @@ def check(config: RecipeConfig) -> None:
         ConfigError: naming the key and what it accepts.
     """
     images = data.describe(config.data.name)
-    zoo.check(config.model.name, config.model.arguments, images.image_shape, images.classes)
+    network = zoo.check(config.model.name, config.model.arguments, images.image_shape, images.classes)
+    dense_masks(network, exclude=config.imp.exclude)
+    check_batch_size(config.fit, images.train_images)
     check_deploy(config.deploy)
-    if not all(1 <= number <= config.imp.rounds for number in config.refill.rounds):
+    rounds = config.refill.rounds
+    if not all(1 <= number <= config.imp.rounds for number in rounds) or len({*rounds}) < len(rounds):
         raise ConfigError(
-            f"refill.rounds = {list(config.refill.rounds)}",
-            expected=f"rounds between 1 and imp.rounds = {config.imp.rounds}",
+            f"refill.rounds = {list(rounds)}",
+            expected=f"different rounds between 1 and imp.rounds = {config.imp.rounds}",
             fix="choose fewer, or raise --imp.rounds",
         )
     if config.imp.rewind_epoch >= config.fit.epochs:
@@ -112,148 +115,87 @@ def check(config: RecipeConfig) -> None:
 
 def main(config: RecipeConfig, run: Run) -> Mapping[str, Any]:
     """Run the recipe in ``run``'s folder and return its results as JSON values."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True)
-    job = _Job(config, run)
+    factory = partial(_network, config)
+    images = data.load(config.data.name, seed=config.seed)
+    shape = tuple(images.train.images.shape[1:])
+    groups = channel_groups(factory(), (torch.zeros(2, *shape),))
+    trainer = TicketTrainer(
+        run,
+        method="imp_refill",
+        factory=factory,
+        model=ModelRef(config.model.name, dict(config.model.arguments), shape),
+        data=images,
+        fit=config.fit,
+        seed=config.seed,
+        config=config.model_dump(mode="json", exclude={"deploy"}),
+    )
 
-    # Algorithm 1: IMP with rewinding
-    masks = dense_masks(job.network(), exclude=config.imp.exclude)
-    trained = job.dense(masks)
-    structured = {}
+    # Algorithm 1: IMP with rewinding. Round r trains under the mask that the weights of round r - 1 gave.
+    masks = dense_masks(factory(), exclude=config.imp.exclude)
+    dense = trainer.dense(Method(), masks, rewind_epoch=config.imp.rewind_epoch)
+    rounds, tickets = [dense.last], {}
     for number in range(1, config.imp.rounds + 1):
-        masks = prune_lowest(trained.weights, masks, config.imp.rate)
-        if number in job.refill_rounds:  # Algorithm 2: channel-wise masks from this round's own trained weights
-            structured[number] = refill(
-                masks, trained.weights, job.groups, coupling=config.refill.coupling, multiple=config.refill.multiple
-            )
-        if number < config.imp.rounds:
-            trained = job.imp_round(number, masks)
+        masks = prune_lowest(rounds[-1].weights, masks, config.imp.rate)
+        trained = trainer.train(f"rounds/{number}", dense.rewind, StaticMasks(masks), masks, keep="last")
+        rounds.append(trained)
 
-    # Train the structural tickets, choose on validation
-    candidates = {number: job.ticket(number, structured[number]) for number in structured}
-    chosen = job.choose(candidates)
-    ticket = run.once("ticket", lambda: candidates[chosen], Ticket.save, Ticket.load)
+        # Algorithm 2: this round's mask, scored with this round's own trained weights
+        if number in (config.refill.rounds or (config.imp.rounds,)):
+            rule = config.refill
+            filled = refill(masks, trained.weights, groups, coupling=rule.coupling, multiple=rule.multiple)
+            tickets[number] = trainer.train(f"tickets/{number}", dense.rewind, StaticMasks(filled), filled, keep="best")
 
+    chosen = choose(dense.best, tickets, config.refill.tolerance)
+    tickets[chosen].save(run.folder / "ticket")
     delivered = deliver(
-        dense=Ticket.load(run.folder / "dense"),
-        ticket=ticket,
-        factory=job.network,
-        example_inputs=(job.data.validation.images[:16],),
-        evaluate=lambda predict: accuracy(predict, job.data.test),
+        dense=dense.best,
+        ticket=tickets[chosen],
+        factory=factory,
+        example_inputs=(images.validation.images[:16],),
+        evaluate=lambda predict: accuracy(predict, images.test),
         folder=run.folder,
         config=config.deploy,
         title=f"{config.model.name} on {config.data.name}: IMP + refill",
-        tables=(job.rounds_table(candidates, chosen),),
+        tables=(_rounds_table(rounds, tickets, chosen),),
         command=run.command,
         poll=run.poll,
         say=run.console.say,
     )
-    return {"ticket": ticket.hash, "refill_round": chosen, **delivered}
+    return {"ticket": tickets[chosen].hash, "refill_round": chosen, **delivered}
 
 
-class _Job:
-    """One run's network, data and training, so that :func:`main` reads like the paper's algorithm."""
-
-    def __init__(self, config: RecipeConfig, run: Run) -> None:
-        self.config, self.run = config, run
-        self.refill_rounds = config.refill.rounds or (config.imp.rounds,)
-        shape = data.describe(config.data.name).image_shape
-        self.model = ModelRef(config.model.name, dict(config.model.arguments), shape)
-        self.data: Splits = data.load(config.data.name, seed=config.seed)
-        example = torch.zeros(2, *shape)
-        self.groups = channel_groups(self.network(), (example,))
-
-    def network(self) -> torch.nn.Module:
-        """The dense architecture with this seed's initial weights."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
-            return zoo.build(self.config.model.name, **self.config.model.arguments)
-
-    def dense(self, masks: Masks) -> Ticket:
-        """Round 0: the dense network; leaves ``rewind`` and ``dense`` (best on validation) in the run folder."""
-        return self._train("rounds/0", copy_state(self.network()), masks, parent=None, keep="last")
-
-    def imp_round(self, number: int, masks: Masks) -> Ticket:
-        """Train the unstructured ticket of a round from the rewind point; its last weights are ranked next."""
-        rewind = Ticket.load(self.run.folder / "rewind")
-        return self._train(f"rounds/{number}", dict(rewind.weights), masks, parent=rewind.hash, keep="last")
-
-    def ticket(self, number: int, masks: Masks) -> Ticket:
-        """Train the structural ticket of a round from the rewind point; the best epoch on validation is kept."""
-        rewind = Ticket.load(self.run.folder / "rewind")
-        return self._train(f"tickets/{number}", dict(rewind.weights), masks, parent=rewind.hash, keep="best")
-
-    def choose(self, candidates: Mapping[int, Ticket]) -> int:
-        """The sparsest candidate within the tolerance of dense on validation, else the most accurate one."""
-        score = {number: t.provenance.metrics["validation_accuracy"] for number, t in candidates.items()}
-        dense = Ticket.load(self.run.folder / "dense").provenance.metrics["validation_accuracy"]
-        good = [number for number in score if score[number] >= dense - self.config.refill.tolerance]
-        return max(good) if good else max(score, key=lambda number: (score[number], number))
-
-    def rounds_table(self, candidates: Mapping[int, Ticket], chosen: int) -> Table:
-        """IMP's rounds and the structural tickets made from them."""
-        rows = []
-        for number in range(self.config.imp.rounds):
-            trained = Ticket.load(self.run.folder / f"rounds/{number}")
-            what = "dense" if number == 0 else f"IMP round {number}"
-            rows.append(_row(what, trained))
-        rows += [_row(f"refill of round {n}{' (chosen)' if n == chosen else ''}", t) for n, t in candidates.items()]
-        return Table(
-            title="Rounds",
-            columns=("network", "density of the convolutions", "best validation accuracy", "best epoch"),
-            rows=tuple(rows),
-            note="Density counts the convolutions' surviving weights. Tickets are chosen on validation, never on test.",
-        )
-
-    def _train(self, name: str, start: State, masks: Masks, *, parent: str | None, keep: str) -> Ticket:
-        def make() -> Ticket:
-            network = self.network()
-            network.load_state_dict(start)
-            with self.run.console.task(name, self.config.fit.epochs) as progress:
-
-                def on_epoch(row: Mapping[str, Any]) -> None:
-                    self.run.log({"training": name, **row})
-                    progress.advance(row["epoch"] + 1, f"validation {row['validation_accuracy']:.2%}")
-
-                fitted = fit(
-                    network, self.data, self.config.fit, StaticMasks(masks), seed=self.config.seed,
-                    checkpoints=self.run.folder / "checkpoints" / name.replace("/", "-"),
-                    keep_epoch=self.config.imp.rewind_epoch if parent is None else None,
-                    poll=self.run.poll, on_epoch=on_epoch, warn=self.run.console.warn,
-                )  # fmt: skip
-            metrics = {"validation_accuracy": fitted.validation_accuracy, "best_epoch": fitted.best_epoch}
-            if parent is None:
-                assert fitted.early is not None
-                self._as_ticket(fitted.early, {}, None, {}).save(self.run.folder / "rewind")
-                self._as_ticket(fitted.best, {}, None, metrics).save(self.run.folder / "dense")
-            return self._as_ticket(fitted.best if keep == "best" else fitted.last, masks, parent, metrics)
-
-        return self.run.once(name, make, Ticket.save, Ticket.load)
-
-    def _as_ticket(self, weights: State, masks: Masks, parent: str | None, metrics: Mapping[str, float]) -> Ticket:
-        return Ticket(
-            weights=weights,
-            masks=masks,
-            model=self.model,
-            provenance=Provenance(
-                method="imp_refill",
-                config=self.config.model_dump(mode="json", exclude={"deploy"}),
-                seed=self.config.seed,
-                data={"name": self.data.name, **self.data.sizes()},
-                versions=artifact.environment(),
-                parent=parent,
-                metrics=metrics,
-            ),
-        )
+def choose(dense: Ticket, tickets: Mapping[int, Ticket], tolerance: float) -> int:
+    """The sparsest ticket within ``tolerance`` of dense on validation, else the most accurate one; by its round."""
+    score = {number: ticket.provenance.metrics["validation_accuracy"] for number, ticket in tickets.items()}
+    least = dense.provenance.metrics["validation_accuracy"] - tolerance
+    good = [number for number in score if score[number] >= least]
+    return max(good) if good else max(score, key=lambda number: (score[number], number))
 
 
-def _row(what: str, ticket: Ticket) -> tuple[str, ...]:
-    metrics = ticket.provenance.metrics
-    convolutions = {name: mask for name, mask in ticket.masks.items() if mask.dim() > 2}
-    return (
-        what, f"{density(convolutions):.1%}", f"{metrics['validation_accuracy']:.2%}", str(metrics["best_epoch"])
-    )  # fmt: skip
+def _network(config: RecipeConfig) -> torch.nn.Module:
+    """The dense network with the seed's initial weights, whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return zoo.build(config.model.name, **config.model.arguments)
+
+
+def _rounds_table(rounds: Sequence[Ticket], tickets: Mapping[int, Ticket], chosen: int) -> Table:
+    named = [("dense" if number == 0 else f"IMP round {number}", ticket) for number, ticket in enumerate(rounds)]
+    named += [(f"refill of round {n}{' (chosen)' if n == chosen else ''}", ticket) for n, ticket in tickets.items()]
+    rows = []
+    for name, ticket in named:
+        masks = {key: mask for key, mask in ticket.masks.items() if mask.dim() > 2}
+        metrics = ticket.provenance.metrics
+        shares = (f"{share(masks):.1%}" for share in (row_density, density))
+        rows.append((name, *shares, f"{metrics['validation_accuracy']:.2%}", str(metrics["best_epoch"])))
+    columns = ("network", "weights in kept channels", "weights used", "best validation accuracy", "best epoch")
+    note = (
+        "Shares of the convolutions' weights. Refill fills up the kept output channels (first column); what reads "
+        "dropped channels is not used (second column). Tickets are chosen on validation, never on test."
+    )
+    return Table("Rounds", columns, tuple(rows), note)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +43,9 @@ def find_recipe(name: str) -> Recipe:
         ConfigError: no such recipe.
     """
     if name.endswith(".py") or "/" in name:
-        if not Path(name).is_file():
-            raise ConfigError(f"recipe file {name} does not exist", expected="a Python file", fix="check the path")
+        if not Path(name).is_file() or not name.endswith(".py"):
+            what = "is no .py file" if Path(name).exists() else "does not exist"
+            raise ConfigError(f"recipe file {name} {what}", expected="a Python file", fix="check the path")
         return _recipe(Path(name))
     known = recipes()
     if name not in known:
@@ -64,12 +64,14 @@ def find_config(recipe: Recipe, name: str) -> Path:
         ConfigError: no such config.
     """
     if name.endswith(".toml") or "/" in name:
+        if not Path(name).is_file():
+            raise ConfigError(f"config file {name} does not exist", expected="a TOML file", fix="check the path")
         return Path(name)
     if name not in recipe.configs:
         raise ConfigError(
             f"unknown config {name!r} for recipe {recipe.name}",
-            expected=f"one of {', '.join(recipe.configs) or 'none shipped'}, or the path of a TOML file",
-            fix=f"{nearest(name, list(recipe.configs))}see deploy-sparse ls",
+            expected=f"{', '.join(['one of', *recipe.configs]) if recipe.configs else ''}the path of a TOML file",
+            fix=f"{nearest(name, list(recipe.configs))}see deploy-sparse ls, or copy a config here: deploy-sparse cp",
         )
     return recipe.configs[name]
 
@@ -80,12 +82,18 @@ def load_recipe(recipe: Recipe) -> ModuleType:
     Raises:
         ConfigError: it lacks ``RecipeConfig``, ``check`` or ``main``.
     """
-    specification = importlib.util.spec_from_file_location(f"_deploy_sparse_recipe_{recipe.name}", recipe.path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module  # pydantic resolves annotations through it
-    specification.loader.exec_module(module)
+    name = f"_deploy_sparse_recipe_{recipe.name}"
+    module = ModuleType(name)
+    module.__file__ = str(recipe.path)
+    sys.modules[name] = module  # pydantic resolves annotations through it
+    try:
+        exec(compile(recipe.path.read_bytes(), recipe.path, "exec"), module.__dict__)
+    except (ImportError, SyntaxError, NameError, AttributeError, ValueError, TypeError) as problem:
+        raise ConfigError(
+            f"{recipe.path} cannot be loaded ({type(problem).__name__}: {problem})",
+            expected="a recipe that imports without error",
+            fix=f"see the traceback of: python {recipe.path}",
+        ) from problem
     if not all(hasattr(module, name) for name in ("RecipeConfig", "check", "main")):
         raise ConfigError(
             f"{recipe.path} is no recipe",
@@ -109,6 +117,11 @@ def load_config(
 
 
 def _recipe(path: Path) -> Recipe:
-    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    try:
+        docstring = ast.get_docstring(ast.parse(path.read_bytes())) or ""
+    except (SyntaxError, ValueError) as problem:
+        raise ConfigError(
+            f"{path} is no Python file ({problem})", expected="a recipe", fix="start from a copy: deploy-sparse cp"
+        ) from None
     configs = {p.stem: p for p in sorted((path.parent / "configs" / path.stem).glob("*.toml"))}
     return Recipe(path.stem, path, docstring.partition("\n")[0], configs)

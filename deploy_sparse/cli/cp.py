@@ -1,4 +1,4 @@
-"""Copy a recipe, or one of its configs, to edit it. The copy runs as it is: deploy-sparse run ./copy.py --config …"""
+"""Copy a recipe, or one of its configs, to edit it. Copies run by path: deploy-sparse run ./a.py --config ./b.toml"""
 
 from __future__ import annotations
 

@@ -17,10 +17,10 @@ REQUIRED = (
     "jinja2", "rich",
 )  # fmt: skip
 OPTIONAL = {
-    "tensorrt-rtx": "rtx-* targets: pip install 'deploy-sparse[rtx]'",
-    "tensorrt": "tensorrt targets: pip install 'deploy-sparse[tensorrt]' (libraries come from NVIDIA's own index)",
-    "torch-tensorrt": "nothing in this version yet: pip install 'deploy-sparse[torch-tensorrt]'",
-    "pycuda": "nothing in this version yet: pip install 'deploy-sparse[pycuda]' (needs the CUDA toolkit)",
+    "tensorrt-rtx": "rtx-* targets; the extra rtx, or: pip install tensorrt-rtx",
+    "tensorrt": "tensorrt targets; the extra tensorrt (its libraries come from NVIDIA's own index)",
+    "torch-tensorrt": "nothing in this version yet; the extra torch-tensorrt",
+    "pycuda": "nothing in this version yet; the extra pycuda (needs the CUDA toolkit)",
 }
 
 
@@ -52,7 +52,7 @@ def execute(options: argparse.Namespace) -> int:
             else "none: TensorRT-RTX engines are compiled but not run here; full TensorRT cannot build"
         )
         verdict = (
-            f"missing: {', '.join(missing)}; install with pip install deploy-sparse"
+            f"missing: {', '.join(missing)}; install deploy-sparse again to get them"
             if missing
             else "all needed packages are there"
         )

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from .. import __version__
 from ..errors import DeploySparseError, nearest
@@ -33,14 +34,51 @@ EPILOG = """examples:
 """
 
 
+class UsageError(DeploySparseError):
+    """Words on the command line that fit no verb or option."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises argument errors in the form of all others."""
+
+    def error(self, message: str) -> NoReturn:
+        usage = " ".join(self.format_usage().split()).removeprefix("usage: ")
+        raise UsageError(message, expected=usage, fix=f"see {self.prog} --help")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for bad input, 128 + signal when stopped, 1 for a defect."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser()
-    if not words or words[0] not in VERBS:
-        return _without_verb(parser, words)
+    try:
+        return _run(words)
+    except DeploySparseError as problem:
+        _report(words, type(problem).__name__, problem.given, problem.expected, problem.fix)
+        return problem.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; exit without a second error
+        return 0
+    except Exception as problem:
+        given = f"{type(problem).__name__}: {problem}"
+        fix = "run again with --debug and report the traceback"
+        _report(words, "Defect", given, "no such error: a defect of deploy-sparse", fix)
+        return 1
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0].startswith("-"):
+        parser = _parser()
+        parser.parse_args(words)
+        parser.print_help()
+        return 0
+    if words[0] not in VERBS:
+        hint = nearest(words[0], list(VERBS))
+        fix = f"{hint}see deploy-sparse --help"
+        raise UsageError(f"unknown verb {words[0]!r}", expected=f"one of {', '.join(VERBS)}", fix=fix)
     verb = import_module(f".{words[0]}", __package__)
-    own = argparse.ArgumentParser(
+    own = _Parser(
         prog=f"deploy-sparse {words[0]}",
         description=verb.__doc__,
         epilog=f"examples:\n{verb.EXAMPLES}",
@@ -51,17 +89,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own.add_argument("--json", action="store_true", help="print one JSON value instead of text")
     own.add_argument("--debug", action="store_true", help="show the traceback of an error")
     if getattr(verb, "TAKES_OVERRIDES", False):
-        options, options_rest = own.parse_known_args(words[1:])
-        options.overrides = options_rest
+        if len(words) > 1 and words[1].startswith("--") and words[1] != "--help":
+            own.error(f"{words[1]} stands before the recipe")  # its value would be taken for the recipe
+        options, overrides = own.parse_known_args(words[1:])
+        options.overrides = overrides
     else:
-        options = own.parse_args(words[1:])
-    return _guarded(verb.execute, options)
+        options = own.parse_intermixed_args(words[1:])
+    return int(verb.execute(options))
+
+
+def _report(words: list[str], kind: str, given: str, expected: str, fix: str) -> None:
+    if "--debug" in words:
+        traceback.print_exc()
+    print(f"error: {given}\n  expected: {expected}\n  next step: {fix}", file=sys.stderr)
+    if "--json" in words:
+        print(json.dumps({"error": {"kind": kind, "given": given, "expected": expected, "next_step": fix}}))
 
 
 def _parser() -> argparse.ArgumentParser:
     width = max(map(len, VERBS))
     table = "\n".join(f"  {name:<{width}}  {what}" for name, what in VERBS.items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="deploy-sparse",
         description="Structural lottery tickets that deploy.",
         usage="deploy-sparse VERB [options]",
@@ -70,60 +118,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"deploy-sparse {__version__}")
     return parser
-
-
-def _without_verb(parser: argparse.ArgumentParser, words: list[str]) -> int:
-    if not words:
-        parser.print_help()
-        return 0
-    if not words[0].startswith("-"):
-        hint = nearest(words[0], list(VERBS))
-        print(
-            f"error: unknown verb {words[0]!r}\n  expected: one of {', '.join(VERBS)}\n"
-            f"  next step: {hint}see deploy-sparse --help",
-            file=sys.stderr,
-        )
-        return 2
-    parser.parse_args(words)
-    return 0
-
-
-def _guarded(execute: object, options: argparse.Namespace) -> int:
-    try:
-        return int(execute(options) or 0)  # type: ignore[operator]
-    except DeploySparseError as problem:
-        if options.debug:
-            traceback.print_exc()
-        print(f"error: {problem}", file=sys.stderr)
-        if options.json:
-            print(
-                json.dumps(
-                    {
-                        "error": {
-                            "kind": type(problem).__name__,
-                            "given": problem.given,
-                            "expected": problem.expected,
-                            "next_step": problem.fix,
-                        }
-                    }
-                )
-            )
-        return problem.exit_code
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; exit without a second error
-        return 0
-    except Exception as problem:
-        if options.debug:
-            raise
-        print(
-            f"error: {type(problem).__name__}: {problem}\n  expected: no such error: a defect of deploy-sparse\n"
-            "  next step: run again with --debug and report the traceback",
-            file=sys.stderr,
-        )
-        return 1
 
 
 if __name__ == "__main__":

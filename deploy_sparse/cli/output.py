@@ -35,4 +35,5 @@ def result_text(result: Mapping[str, Any]) -> str:
             parts.append(table(part["columns"], part["rows"]))
         elif isinstance(part, list) and part:
             parts.append("\n".join(part))
+    parts += [f"not built: {target}: {why}" for target, why in result.get("not_built", {}).items()]
     return "\n\n".join(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from glob import glob
 from pathlib import Path
 
 from .output import emit
@@ -25,28 +26,44 @@ def execute(options: argparse.Namespace) -> int:
     from ..engine.entry import open_entry
     from ..errors import ConfigError
     from ..measure.profile import profile
+    from ..measure.record import check_appendable
     from ..train.interrupt import Interrupts
 
-    pairs = [argument.partition("=") for argument in options.engines]
-    for name, equals, path in pairs:
-        if not (name and equals and path):
-            raise ConfigError(
-                f"{name + equals + path!r} is no subject",
-                expected="NAME=ENGINE, for example dense=engines/out/dense-cpu-0123456789ab",
-                fix="add the name",
-            )
-    if len({name for name, _, _ in pairs}) < len(pairs):
+    pairs = [_pair(argument) for argument in options.engines]
+    if len({name for name, _ in pairs}) < len(pairs):
         raise ConfigError("two engines have one name", expected="a name each", fix="rename one of them")
-    engines = {name: open_entry(path) for name, _, path in pairs}
-    with Interrupts("run the command again; nothing was written") as interrupts:
+    engines = {name: open_entry(path) for name, path in pairs}
+    if options.out:
+        check_appendable(Path(options.out))
+    with Interrupts("run the command again") as interrupts:
         made = profile(
             engines,
             options.baseline or pairs[0][0],
             batches=options.batch,
             duration_s=options.seconds,
-            poll=interrupts.poll,
+            poll=lambda: interrupts.poll("no record was written"),
         )
+    emit(options, {"records": [json.loads(r.to_json_line()) for r in made.records]}, made.table)
     if options.out:
         made.save(Path(options.out))
-    emit(options, {"records": [json.loads(r.to_json_line()) for r in made.records]}, made.table)
     return 0
+
+
+def _pair(argument: str) -> tuple[str, Path]:
+    """``NAME=ENGINE``; a pattern in ENGINE that one folder matches stands for it, as shells do not expand it there."""
+    from ..errors import ArtifactError, ConfigError
+
+    name, _, path = argument.partition("=")
+    if not (name and path):
+        raise ConfigError(
+            f"{argument!r} is no subject", expected="NAME=ENGINE, for example dense=engines/out/dense-cpu-0123456789ab",
+            fix="add the name",
+        )  # fmt: skip
+    if "*" not in path:
+        return name, Path(path)
+    found = sorted(glob(path))
+    if len(found) != 1:
+        raise ArtifactError(
+            f"{path} matches {', '.join(found) or 'nothing'}", expected="one engine", fix="write out the folder's name"
+        )
+    return name, Path(found[0])

@@ -13,7 +13,7 @@ from .output import emit, key_values, result_text
 EXAMPLES = """  deploy-sparse run imp_refill --config resnet_digits
   deploy-sparse run imp_refill --config resnet_digits --seed 1 --fit.epochs 20 --out runs/second
   deploy-sparse run imp_refill --config resnet_digits --resume
-  deploy-sparse run ./my_recipe.py --config my.toml
+  deploy-sparse run ./my_recipe.py --config ./my_config.toml
 """
 TAKES_OVERRIDES = True
 
@@ -22,13 +22,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a recipe's name (deploy-sparse ls) or file")
     parser.add_argument("--config", help="a config's name or TOML file; the recipe's defaults without it")
     parser.add_argument("--out", help="run folder; runs/<recipe>-<config> by default")
-    parser.add_argument(
-        "--resume", action="store_true", help="continue the run in the folder, or start it if there is none"
-    )
+    parser.add_argument("--resume", action="store_true", help="continue the run in the folder, or start it")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only warnings and the result")
 
 
 def execute(options: argparse.Namespace) -> int:
-    from ..errors import Interrupted
     from ..train.console import Console
     from ..train.interrupt import Interrupts
     from ..train.run import open_run
@@ -41,18 +39,21 @@ def execute(options: argparse.Namespace) -> int:
     module.check(config)
     folder = Path(options.out or f"runs/{recipe.name}-{file.stem if file else 'default'}")
     command = _resume_command(options)
-    with Interrupts(command) as interrupts:
-        opened = open_run(
-            folder, recipe.name, config.model_dump(mode="json"),
-            resume=options.resume, command=command, console=Console(), poll=interrupts.poll,
-        )  # fmt: skip
-        try:
-            with opened as run:
-                result = module.main(config, run)
-                run.finish(result)
-        except KeyboardInterrupt:  # a library called back into its own handler
-            interrupts.poll()
-            raise Interrupted("stopped by SIGINT", signal_number=2, fix=command) from None
+    with (
+        Interrupts(command) as interrupts,
+        open_run(
+            folder,
+            recipe.name,
+            config.model_dump(mode="json"),
+            resume=options.resume,
+            command=command,
+            console=Console(quiet=options.quiet),
+            poll=interrupts.poll,
+            changeable=("deploy",),
+        ) as run,
+    ):
+        result = module.main(config, run)
+        run.finish(result)
     emit(options, {"folder": str(folder), **result}, lambda: _text(folder, result))
     return 0
 

@@ -25,6 +25,8 @@ def execute(options: argparse.Namespace) -> int:
     path = Path(options.path)
     readers = {"ticket": _ticket, "plan": _plan, "engine": _engine, "checkpoint": _checkpoint}
     kind = artifact.kind_of(path)
+    if path.name in ("run.json", "metrics.jsonl"):
+        path, kind = path.parent, None
     if path.suffix == ".jsonl":
         value, text = _records(path)
     elif path.suffix == ".onnx" and kind != "engine":
@@ -133,9 +135,9 @@ def _records(path: Path) -> tuple[Any, str]:
 
 
 def _run(path: Path) -> tuple[dict[str, Any], str]:
-    from .. import artifact
+    from ..train.run import read_run
 
-    run = artifact.read_json(path / "run.json")
+    run = read_run(path)
     result = run.get("result", {})
     facts = {key: run.get(key) for key in ("recipe", "status", "started", "updated", "command")}
     facts |= {key: value for key, value in result.items() if isinstance(value, str | int)}

@@ -7,7 +7,7 @@ from .splits import Description as Description
 from .splits import Split as Split
 from .splits import Splits as Splits
 
-DATA_SETS = {"digits": Description((1, 8, 8), 10)}
+DATA_SETS = {"digits": Description((1, 8, 8), 10, 1167)}
 
 
 def describe(name: str) -> Description:

@@ -11,10 +11,11 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Description:
-    """Shape of one image ``(C, H, W)`` and the number of classes."""
+    """Shape of one image ``(C, H, W)``, number of classes, and number of training images."""
 
     image_shape: tuple[int, int, int]
     classes: int
+    train_images: int
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,10 @@ from .tensors import TensorSpec
 log = logging.getLogger("deploy_sparse.tensorrt")
 
 _IMPORT_NAMES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
+_INSTALL = {
+    "tensorrt": "pip install tensorrt (the extra 'tensorrt'; its libraries come from NVIDIA's own package index)",
+    "tensorrt-rtx": "pip install tensorrt-rtx (the extra 'rtx')",
+}
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "BOOL": "bool", "FP8": "float8", "FP4": "float4"}
 _ONE_AT_A_TIME = threading.Lock()  # concurrent builds in one process have crashed TensorRT 10.16
 _errors: deque[str] = deque(maxlen=20)  # what TensorRT said last, since the start of a build
@@ -60,8 +63,6 @@ def library(runtime: str) -> Any:
     Raises:
         MissingDependencyError: not installed, or its shared libraries do not load.
     """
-    extra = _EXTRAS[runtime]
-    note = "" if runtime == "tensorrt-rtx" else " (pip fetches its libraries from NVIDIA's own package index)"
     try:
         return importlib.import_module(_IMPORT_NAMES[runtime])
     except (ImportError, OSError) as problem:
@@ -69,8 +70,25 @@ def library(runtime: str) -> Any:
         raise MissingDependencyError(
             f"{runtime} {state}",
             expected=f"the optional library {runtime}; targets with runtime onnxruntime need none",
-            fix=f'pip install "deploy-sparse[{extra}]"{note}',
+            fix=_INSTALL[runtime],
         ) from problem
+
+
+def builder_library(target: Target) -> Any:
+    """The Python module that compiles for a TensorRT target, once it is sure that it can do so here.
+
+    Raises:
+        MissingDependencyError: the library is not installed.
+        BuildError: full TensorRT without a GPU.
+    """
+    trt = library(target.runtime)
+    if target.runtime == "tensorrt" and local_gpu() is None:
+        raise BuildError(
+            f"target {target.name!r} compiles for the GPU of this machine, which has none",
+            expected="an NVIDIA GPU and its driver",
+            fix="build on the machine that will run it, or take a target that compiles without a GPU: rtx-portable",
+        )
+    return trt
 
 
 def local_gpu() -> Gpu | None:
@@ -107,13 +125,7 @@ def compile_onnx(graph: bytes, target: Target, inputs: Sequence[TensorSpec]) -> 
         MissingDependencyError: the library is not installed.
         BuildError: full TensorRT without a GPU, an operator TensorRT does not take, or a failed compilation.
     """
-    trt = library(target.runtime)
-    if target.runtime == "tensorrt" and local_gpu() is None:
-        raise BuildError(
-            f"target {target.name!r} compiles for the GPU of this machine, which has none",
-            expected="an NVIDIA GPU and its driver",
-            fix="build on the machine that will run it, or take a target that compiles without a GPU: rtx-portable",
-        )
+    trt = builder_library(target)
     with _ONE_AT_A_TIME:
         _errors.clear()
         builder = trt.Builder(_logger(trt))

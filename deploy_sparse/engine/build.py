@@ -14,7 +14,8 @@ from typing import Any
 from ..artifact import FORMAT_VERSION, digest_of, environment, write_artifact
 from ..errors import ArtifactError, BuildError, ConfigError
 from .entry import KIND, ONNX_FILE, PLAN_FILE, Engine, open_entry
-from .onnx_file import OnnxFile, float_types, parity_as_json, parse_graph, read_onnx, sidecar_path
+from .onnx_file import OnnxFile, float_types, parity_as_json, parse_graph, sidecar_path
+from .source import onnx_of
 from .target import Target, load_target
 
 _PRECISIONS = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -52,15 +53,18 @@ def build_engine(
         name: a plain name, the first part of the entry's.
 
     Raises:
-        ConfigError: unknown target, bad name. ExportError: the module does not export exactly.
+        ConfigError: unknown target, bad name or folder. ExportError: the module does not export exactly.
         MissingDependencyError: the target's library is not installed. BuildError: it does not compile, or the
-        engine's precision is not the one asked for. ArtifactError: a damaged file or entry, or no room to write.
+        engine's precision is not the one asked for, or the subject is of another type. ArtifactError: a damaged file
+        or entry, a folder instead of a file, or no room to write.
     """
     wanted = load_target(target)
     _check_name(name)
+    _check_out(out)
+    require_runtime(wanted)
     maker = _maker(wanted)
     with tempfile.TemporaryDirectory(prefix="deploy-sparse-") as scratch:
-        source = _as_onnx(subject, example_inputs, Path(scratch) / ONNX_FILE)
+        source = onnx_of(subject, example_inputs, Path(scratch) / ONNX_FILE)
         graph = source.read()
     batch = _batch_range(source, wanted)
     key = digest_of(
@@ -110,6 +114,19 @@ def build_engine(
     return open_entry(folder)
 
 
+def require_runtime(target: Target) -> None:
+    """Check that this machine can build for ``target``, without building: before a long training, for example.
+
+    Raises:
+        MissingDependencyError: the target's library is not installed.
+        BuildError: full TensorRT without a GPU.
+    """
+    if target.on_gpu:
+        from ._trt import builder_library
+
+        builder_library(target)
+
+
 def _existing(folder: Path, key: str) -> Engine:
     try:
         engine = open_entry(folder)
@@ -125,11 +142,20 @@ def _existing(folder: Path, key: str) -> Engine:
 
 
 def _check_name(name: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+    if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name)):
         raise ConfigError(
             f"engine name {name!r}",
             expected="up to 64 letters, digits, dots, dashes and underscores, not starting with a dot",
-            fix='choose a plain name, for example name="resnet18"',
+            fix="choose a plain name, for example resnet18",
+        )
+
+
+def _check_out(out: Any) -> None:
+    if not isinstance(out, str | Path):
+        raise ConfigError(
+            f"the folder for engines is of type {type(out).__name__}",
+            expected="the path of a folder",
+            fix="give for example engines/out",
         )
 
 
@@ -143,24 +169,6 @@ def _maker(target: Target) -> _Maker:
     version = str(_trt.library(target.runtime).__version__)
     gpu = _trt.local_gpu() if target.runtime == "tensorrt" else None  # RTX compiles ahead of time, for no one GPU
     return _Maker(version, {"name": gpu.name, "capability": gpu.capability} if gpu else None)
-
-
-def _as_onnx(subject: Any, example_inputs: Any, scratch: Path) -> OnnxFile:
-    if isinstance(subject, OnnxFile):
-        return subject
-    if isinstance(subject, str | Path):
-        return read_onnx(subject)
-    if example_inputs is None:
-        example_inputs = getattr(subject, "example_inputs", None)  # a compact network knows what it was verified on
-    if example_inputs is None:
-        raise BuildError(
-            f"a {type(subject).__name__} was given without example_inputs",
-            expected="example inputs to trace the module with",
-            fix="pass for example example_inputs=torch.randn(2, 3, 32, 32)",
-        )
-    from .export import export_onnx
-
-    return export_onnx(subject, example_inputs, scratch)
 
 
 def _batch_range(source: OnnxFile, target: Target) -> dict[str, int]:

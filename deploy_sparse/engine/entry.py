@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..artifact import read_artifact
 from ..config import config_from
 from ..errors import ArtifactError, ConfigError
-from .target import Target, list_targets
+from .target import Target, list_targets, load_target
 from .tensors import TensorSpec, spec_from_json
 
 if TYPE_CHECKING:
@@ -59,12 +59,20 @@ class Engine:
         return self.manifest["batch"]["min"], self.manifest["batch"]["max"]
 
     def build_command(self, target: str | None = None) -> str:
-        """The shell command that builds this engine's own ONNX file again, for its own target or another."""
-        name = target or self.target.name
-        name = name if name in list_targets() else f"{name}.toml"
-        return shlex.join(
-            ["deploy-sparse", "build", str(self.folder / ONNX_FILE), "--target", name, "--out", str(self.folder.parent)]
-        )
+        """The shell command that builds this engine's own ONNX file again, for its own target or another shipped one.
+
+        Where its own target is not a shipped one, FILE stands for it in the command, and a note says what that is.
+        """
+        name, note = target or self.target.name, ""
+        if name == self.target.name and not self._is_shipped():
+            note = f" (FILE: a TOML file of target {name!r}, with the values that {KIND}.json has under 'target')"
+            name = "FILE"
+        words = ["deploy-sparse", "build", str(self.folder / ONNX_FILE), "--target", name]
+        return shlex.join([*words, "--out", str(self.folder.parent), "--name", str(self.manifest["name"])]) + note
+
+    def _is_shipped(self) -> bool:
+        name = self.target.name
+        return name in list_targets() and load_target(name).digest == self.target.digest
 
     def runnable(self) -> str | None:
         """None when the engine can run on this machine, otherwise the reason why not."""
@@ -101,6 +109,7 @@ def open_entry(path: str | Path) -> Engine:
             raise KeyError("engine_file")
         _ = (engine.inputs, engine.outputs, engine.batch_range, manifest["runtime"]["name"])
         _ = (manifest["runtime"]["version"], manifest["compute_capabilities"], manifest["gpu"], manifest["key"])
+        _ = manifest["name"]
     except (KeyError, TypeError, ConfigError) as problem:
         raise ArtifactError(
             f"{found.folder} is no usable engine ({str(problem).splitlines()[0]})",

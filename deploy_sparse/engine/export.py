@@ -49,6 +49,12 @@ def export_onnx(
         ArtifactError: the folder cannot be written.
     """
     network = as_module(module)
+    if not isinstance(path, str | Path):
+        raise ExportError(
+            f"the path is of type {type(path).__name__}",
+            expected="where to write the ONNX file",
+            fix="give for example 'model.onnx'",
+        )
     inputs = _checked_inputs(network, example_inputs)
     path = Path(path)
     with _eval_mode(network):
@@ -87,12 +93,13 @@ def as_module(subject: nn.Module | Any) -> nn.Module:
     raise ExportError(
         f"a {type(subject).__name__} was given",
         expected="an nn.Module, or an object with one in its attribute 'module'",
-        fix="pass the network itself; for a state dict construct the network and load it first",
+        fix="pass the network itself; of a ticket: deploy_sparse.compact(ticket) first; of a state dict: construct the "
+        "network and load it first",
     )
 
 
 def _checked_inputs(network: nn.Module, given: Any) -> tuple[torch.Tensor, ...]:
-    inputs = (given,) if isinstance(given, torch.Tensor) else tuple(given or ())
+    inputs = tuple(given) if isinstance(given, tuple | list) else () if given is None else (given,)
     if not inputs or not all(isinstance(tensor, torch.Tensor) for tensor in inputs):
         kinds = ", ".join(type(tensor).__name__ for tensor in inputs) or "nothing"
         raise ExportError(
@@ -128,7 +135,7 @@ def _graph_of(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> onnx.Mode
     with _quiet():
         try:
             with torch.no_grad():
-                count = len(tensors_of(network(*inputs)))
+                count = len(tensors_of(_outputs(network, inputs)))
                 program = torch.export.export(network, inputs, dynamic_shapes=shapes, strict=False)
             exported = torch.onnx.export(
                 program,
@@ -147,6 +154,29 @@ def _graph_of(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> onnx.Mode
     if exported is None:
         raise _unexportable(network, RuntimeError("the exporter returned nothing"))
     return _plain(exported.model_proto)
+
+
+def _outputs(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
+    """What the module returns. Where it fails, but not on inputs of its weights' type, the types are the reason."""
+    try:
+        return network(*inputs)
+    except Exception:
+        weights = next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
+        others = {f"example input {i}": x.dtype for i, x in enumerate(inputs) if x.dtype != weights}
+        if weights is None or not others:
+            raise
+        try:
+            network(*(tensor.to(weights) for tensor in inputs))
+        except Exception:
+            others = {}
+        if not others:
+            raise
+        raise ExportError(
+            f"{', '.join(f'{name} is {dtype}' for name, dtype in others.items())}; the weights are {weights}",
+            expected="example inputs of the type that the network computes with",
+            fix="convert the example inputs: tensor.float()"
+            + ("" if weights == torch.float32 else "; and the network: module.float()"),
+        ) from None
 
 
 def _plain(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -110,8 +110,15 @@ def load_engine(path: str | Path | Engine) -> Runner:
 
     Raises:
         ArtifactError: missing, truncated or altered; nothing of it was run.
-        EngineError: built for another machine or by another TensorRT; the message holds the rebuild command.
+        EngineError: no path or engine; or built for another machine or by another TensorRT, and the message holds the
+            rebuild command.
     """
+    if not isinstance(path, str | Path | Engine):
+        raise EngineError(
+            f"a {type(path).__name__} was given",
+            expected="the folder of an engine, or what build_engine returned",
+            fix="build one first: deploy_sparse.build_engine(…)",
+        )
     engine = open_entry(path.folder if isinstance(path, Engine) else path)
     if engine.target.on_gpu:
         return Runner(engine, _gpu_session(engine))

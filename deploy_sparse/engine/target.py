@@ -87,6 +87,12 @@ def load_target(name_or_path: str | Path | Target) -> Target:
     """
     if isinstance(name_or_path, Target):
         return name_or_path
+    if not isinstance(name_or_path, str | Path):
+        raise ConfigError(
+            f"the target is of type {type(name_or_path).__name__}",
+            expected="the name of a target, the path of a TOML file, or a Target",
+            fix=f"choose one of {', '.join(list_targets())}",
+        )
     path = Path(name_or_path)
     if path.suffix != ".toml" and len(path.parts) < 2:
         names = list_targets()
@@ -97,7 +103,13 @@ def load_target(name_or_path: str | Path | Target) -> Target:
                 fix=f"{nearest(str(name_or_path), names)}choose one, or write your own after engines/targets/cpu.toml",
             )
         path = targets_folder() / f"{name_or_path}.toml"
-    return config_from(Target, {"name": path.stem}, read_toml(path), source=str(path))
+    values = read_toml(path)
+    try:
+        return config_from(Target, {"name": path.stem}, values, source=str(path))
+    except ConfigError as problem:  # whose advice is an option on the command line, and targets have none
+        hint, question, _ = problem.fix.rpartition("? ")  # "did you mean 'threads'? "
+        fix = f"{hint}{question}mend it in {path}"
+        raise ConfigError(problem.given, expected=problem.expected, fix=fix) from None
 
 
 def targets_folder() -> Path:

@@ -32,8 +32,9 @@ SEED = 0
 class Comparison:
     """Subject against baseline at one target and batch of one run.
 
-    ``ratio`` is baseline time over subject time, ``low`` and ``high`` its 95 % interval, ``mac_ratio`` what the
-    multiply-accumulates alone would predict, None where they are unknown.
+    ``ratio`` is baseline time over subject time, ``low`` and ``high`` its 95 % interval, None with fewer than
+    ``MIN_PAIRS`` pairs. ``mac_ratio`` is what the multiply-accumulates alone would predict, None where they are
+    unknown. ``doubt`` is why the verdict is "cannot tell", else None; ``reasons`` is what is known besides.
     """
 
     run_id: str
@@ -42,11 +43,12 @@ class Comparison:
     baseline: str
     subject: str
     ratio: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     pairs: int
     mac_ratio: float | None
     verdict: Verdict
+    doubt: str | None
     reasons: tuple[str, ...]
 
 
@@ -59,10 +61,8 @@ def compare(baseline: LatencyRecord, subject: LatencyRecord) -> Comparison:
     _check(baseline, subject)
     pair_ratios = _block_medians(baseline) / _block_medians(subject)  # [pairs]
     ratio = float(np.median(pair_ratios))
-    low, high = _interval(pair_ratios)
-    verdict: Verdict = "cannot tell"
-    if len(pair_ratios) >= MIN_PAIRS:
-        verdict = "faster" if low > 1 + REOPENING else "slower" if high < 1 - REOPENING else "cannot tell"
+    low, high = _interval(pair_ratios) if len(pair_ratios) >= MIN_PAIRS else (None, None)
+    verdict, doubt = _verdict(low, high, len(pair_ratios))
     mac_ratio = baseline.macs / subject.macs if baseline.macs and subject.macs else None
     return Comparison(
         run_id=subject.run_id,
@@ -76,7 +76,8 @@ def compare(baseline: LatencyRecord, subject: LatencyRecord) -> Comparison:
         pairs=len(pair_ratios),
         mac_ratio=mac_ratio,
         verdict=verdict,
-        reasons=tuple(_reasons(baseline, subject, ratio, low, high, mac_ratio, len(pair_ratios))),
+        doubt=doubt,
+        reasons=tuple(_reasons(baseline, subject, ratio, mac_ratio, verdict)),
     )
 
 
@@ -103,13 +104,29 @@ def _interval(pair_ratios: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def _verdict(low: float | None, high: float | None, pairs: int) -> tuple[Verdict, str | None]:
+    """The verdict and, for "cannot tell", the reason."""
+    if low is None or high is None:
+        return "cannot tell", f"only {pairs} paired blocks were timed, fewer than the {MIN_PAIRS} an interval needs"
+    if low > 1 + REOPENING:
+        return "faster", None
+    if high < 1 - REOPENING:
+        return "slower", None
+    if low <= 1 <= high:
+        return "cannot tell", "the interval includes 1"
+    doubt = (
+        f"the interval comes within {REOPENING:.0%} of 1, and opening one engine twice already makes such a difference"
+    )
+    return "cannot tell", doubt
+
+
 def _check(baseline: LatencyRecord, subject: LatencyRecord) -> None:
     for record in (baseline, subject):
         if not record.timed:
             raise ConfigError(
                 f"{record.subject!r} at batch {record.batch} on {record.target} has no times: {record.reason}",
                 expected="two timed records",
-                fix="run profile() where both engines can run",
+                fix="measure where both engines can run",
             )
     found = differences(_condition(baseline), _condition(subject))
     names = set(subject.conditions.interleaved_with) | {subject.subject}
@@ -119,7 +136,7 @@ def _check(baseline: LatencyRecord, subject: LatencyRecord) -> None:
         raise ConfigError(
             f"{baseline.subject!r} and {subject.subject!r} were not measured alike: {'; '.join(found)}",
             expected="records of one run with the same target, batch, threads and environment",
-            fix="measure both in one call of profile()",
+            fix="measure both in one run",
         )
 
 
@@ -137,31 +154,16 @@ def _condition(record: LatencyRecord) -> dict[str, Any]:
 
 
 def _reasons(
-    baseline: LatencyRecord,
-    subject: LatencyRecord,
-    ratio: float,
-    low: float,
-    high: float,
-    mac_ratio: float | None,
-    pairs: int,
+    baseline: LatencyRecord, subject: LatencyRecord, ratio: float, mac_ratio: float | None, verdict: Verdict
 ) -> list[str]:
     reasons = []
     if mac_ratio is not None:
         reasons.append(f"reaches {ratio / mac_ratio:.2f} of the MAC-predicted speed-up of {mac_ratio:.2f}×")
-        if high < 1 - REOPENING and mac_ratio > 1 and pairs >= MIN_PAIRS:
+        if verdict == "slower" and mac_ratio > 1:
             reasons.append(
                 f"does {1 / mac_ratio:.2f} of the baseline's multiply-accumulates, "
                 f"yet takes {1 / ratio:.2f} times as long"
             )
-    if pairs < MIN_PAIRS:
-        reasons.append(f"only {pairs} paired blocks were timed, fewer than the {MIN_PAIRS} an interval needs")
-    elif low <= 1 <= high:
-        reasons.append(f"the interval {low:.3f} to {high:.3f} includes 1")
-    elif low <= 1 + REOPENING and high >= 1 - REOPENING:
-        reasons.append(
-            f"the interval {low:.3f} to {high:.3f} comes within {REOPENING:.0%} of 1, and opening one engine twice "
-            "already makes such a difference"
-        )
     for record in (baseline, subject):
         share = _busy_share(record)
         if share is not None and share < 0.9:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..errors import ConfigError
 from .compare import REOPENING, Comparison, Verdict
 from .record import LatencyRecord
-from .table import UNKNOWN, Table, count, percent, ratio_and_interval, significant, times
+from .table import UNKNOWN, Code, Table, count, percent, ratio_and_interval, significant, times
 
 Key = tuple[str, str, int, str]  # run, target, batch, subject
 
@@ -23,7 +23,7 @@ class Report:
     """Everything a report shows.
 
     ``provenance`` are the lines under the title, ``tables`` any extra tables, ``conditions`` further (label, text)
-    pairs, for example the command.
+    pairs; the text with the label ``command`` is shown as code, to be copied.
 
     Raises:
         ConfigError: a comparison whose record is not among ``records``.
@@ -172,26 +172,24 @@ def untimed_table(report: Report) -> Table:
 
 
 def slower(report: Report) -> tuple[str, ...]:
-    """A sentence with the reasons for every subject that got slower; one that says so where there is none."""
-    found = tuple(
-        f"{c.subject} on {c.target} at batch {c.batch}: {ratio} the speed of {c.baseline} "
-        f"(95 % interval {interval})" + "".join(f"; {reason}" for reason in c.reasons) + "."
-        for c in report.comparisons
-        for ratio, interval in [ratio_and_interval(c.ratio, c.low, c.high)]
-        if c.verdict == "slower"
-    )
-    if found:
-        return found
+    """A sentence with the reasons for every subject that got slower, or that cannot be told from its baseline.
+
+    Where none got slower, the first sentence says so.
+    """
+    found = tuple(_speed(c) for c in report.comparisons if c.verdict == "slower")
+    unclear = tuple(_speed(c) for c in report.comparisons if c.verdict == "cannot tell")
     if not report.comparisons:
         return ("Nothing was compared, so nothing is known to be slower.",)
-    undecided = sum(c.verdict == "cannot tell" for c in report.comparisons)
-    doubt = f" For {undecided} of {len(report.comparisons)} comparisons the data cannot tell." if undecided else ""
-    return (f"Nothing: no subject was measured slower than its baseline.{doubt}",)
+    if found:
+        return found + unclear
+    doubt = f" For {len(unclear)} of {len(report.comparisons)} comparisons the data cannot tell." if unclear else ""
+    return (f"Nothing: no subject was measured slower than its baseline.{doubt}", *unclear)
 
 
 def conditions_table(report: Report) -> Table:
     """Under what conditions the numbers hold; values that differ between records stand side by side."""
-    return Table("Conditions", ("condition", "value"), tuple(_conditions(report)))
+    rows = ((label, Code(value) if label == "command" else value) for label, value in _conditions(report))
+    return Table("Conditions", ("condition", "value"), tuple(rows))
 
 
 def hashes_table(report: Report) -> Table:
@@ -217,23 +215,37 @@ def _group_verdicts(report: Report, group: tuple[LatencyRecord, ...]) -> Iterato
         yield Sentence("not timed", f"{place if timed else group[0].target}: {text}.")
 
 
+def _speed(c: Comparison) -> str:
+    ratio, bounds = _ratio_and_bounds(c)
+    doubt = f"cannot tell, as {c.doubt}: " if c.doubt else ""
+    facts = "; ".join((f"{ratio} the speed of {c.baseline} ({bounds})", *c.reasons))
+    return f"{c.subject} on {c.target} at batch {c.batch}: {doubt}{facts}."
+
+
 def _verdict(c: Comparison) -> str:
-    ratio, interval = ratio_and_interval(c.ratio, c.low, c.high)
-    predicted = f"; its MACs predict {times(c.mac_ratio)}" if c.mac_ratio else ""
-    bounds = f"(95 % interval {interval}){predicted}."
+    ratio, bounds = _ratio_and_bounds(c)
+    rest = f"({bounds})" + (f"; its MACs predict {times(c.mac_ratio)}" if c.mac_ratio else "")
     if c.verdict == "faster":
-        return f"{c.subject} is {ratio} as fast as {c.baseline} {bounds}"
+        return f"{c.subject} is {ratio} as fast as {c.baseline} {rest}."
     if c.verdict == "slower":
-        return f"{c.subject} is slower than {c.baseline}, at {ratio} its speed {bounds}"
-    return f"cannot tell {c.subject} from {c.baseline}, at {ratio} its speed {bounds}"
+        return f"{c.subject} is slower than {c.baseline}, at {ratio} its speed {rest}."
+    return f"cannot tell {c.subject} from {c.baseline}, at {ratio} its speed {rest}: {c.doubt}."
+
+
+def _ratio_and_bounds(c: Comparison) -> tuple[str, str]:
+    """``("1.84×", "95 % interval 1.79 to 1.90")``; no interval where too few blocks were timed for one."""
+    if c.low is None or c.high is None:
+        return times(c.ratio), "too few blocks for an interval"
+    ratio, interval = ratio_and_interval(c.ratio, c.low, c.high)
+    return ratio, f"95 % interval {interval}"
 
 
 def _speed_up(record: LatencyRecord, comparison: Comparison | None) -> str:
     if comparison is None:
         return "baseline" if record.subject == record.baseline else UNKNOWN
+    ratio, bounds = _ratio_and_bounds(comparison)
     doubt = ", cannot tell" if comparison.verdict == "cannot tell" else ""
-    ratio, interval = ratio_and_interval(comparison.ratio, comparison.low, comparison.high)
-    return f"{ratio} ({interval}){doubt}"
+    return f"{ratio} ({bounds.removeprefix('95 % interval ')}){doubt}"  # the column's name says what it is
 
 
 def _points(record: LatencyRecord, group: tuple[LatencyRecord, ...]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -117,12 +118,15 @@ def _check(
 ) -> None:
     if not subjects:
         raise ConfigError("no subject to time", expected="at least one name with a callable", fix="name a subject")
-    rules = (
-        ("warmup_ms", warmup_ms, warmup_ms >= 0, "0 ms or more"),
-        ("duration_s", duration_s, duration_s > 0, "more than 0 s"),
-        ("min_iterations", min_iterations, min_iterations >= 1, "1 or more"),
-        ("block_ms", block_ms, block_ms > 0, "more than 0 ms"),
+    milliseconds, seconds = "a finite number of milliseconds", "a finite number of seconds"
+    rules: tuple[tuple[str, float, str, Callable[[float], bool], str], ...] = (
+        ("the warm-up", warmup_ms, " ms", lambda value: value >= 0, f"{milliseconds}, 0 or more"),
+        ("the timed duration", duration_s, " s", lambda value: value > 0, f"{seconds} above 0"),
+        ("the least number of calls", min_iterations, "", lambda n: n >= 1 and n == int(n), "a whole number from 1 on"),
+        ("the length of a block", block_ms, " ms", lambda value: value > 0, f"{milliseconds} above 0"),
     )
-    for name, value, holds, expected in rules:
-        if not holds or value == float("inf"):  # NaN fails every comparison
-            raise ConfigError(f"{name} is {value}", expected=expected, fix=f"choose another {name}")
+    for what, value, unit, holds, expected in rules:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and math.isfinite(value) and holds(value)):
+            shown = f"{value}{unit}" if number else repr(value)
+            raise ConfigError(f"{what} is {shown}", expected=expected, fix="choose another value for it")

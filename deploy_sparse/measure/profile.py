@@ -13,11 +13,12 @@ from typing import Any
 
 from ..artifact import environment
 from ..config import Config
+from ..errors import ConfigError
 from .compare import Comparison, compare_all
 from .contents import Report, final_table, untimed_table
 from .interleave import BLOCK_MS, DURATION_S, MIN_ITERATIONS, WARMUP_MS, Samples, interleave
 from .record import NOT_TIMED, Conditions, LatencyRecord, append_records
-from .subjects import Subject, check_batches, check_known, checked_engines, checked_feeds, target_of
+from .subjects import Subject, check_known, checked_batches, checked_engines, checked_feeds, target_of
 from .table import plain
 from .timing import HOST_CLOCK, Clock, summarise
 
@@ -71,7 +72,8 @@ def profile(
     An engine that cannot run here gets one record, at the first batch size, with the reason and no times.
 
     Args:
-        subjects: name to engine or callable; one target for all.
+        subjects: name to engine, to a runner of :func:`deploy_sparse.load_engine` (which stays open), or to a callable
+            without arguments; one target for all.
         baseline: the name that the others are compared with.
         batches: batch sizes, each within the engines' range; for callables only a label.
         duration_s: timed seconds per subject and batch, a floor like ``min_iterations``.
@@ -83,14 +85,13 @@ def profile(
         clock: replaced in tests.
 
     Raises:
-        ConfigError: no subject, an unknown baseline, a bad batch or duration, or several targets.
+        ConfigError: no subject or one of another type, an unknown baseline, a bad batch or duration, several targets.
         EngineError: outputs that are not finite or differ in shape from the baseline's; the engine's own complaint
             about a batch outside its range passes through.
     """
     engines = checked_engines(subjects, baseline)
-    check_batches(batches)
-    for name in facts or {}:
-        check_known(name, tuple(engines), "subject in facts")
+    batches = checked_batches(batches)
+    _check_facts(facts, tuple(engines))
     unable = {name: reason for name, engine in engines.items() if (reason := engine.runnable()) is not None}
     able = [name for name in engines if name not in unable]
     floors: dict[str, Any] = {
@@ -136,6 +137,23 @@ def profile(
                     )
                 )
     return Profile(tuple(records), compare_all(records))
+
+
+def _check_facts(facts: Any, known: tuple[str, ...]) -> None:
+    if facts is not None and not isinstance(facts, Mapping):
+        raise ConfigError(
+            f"the facts are of type {type(facts).__name__}",
+            expected="a dictionary from subject name to Facts",
+            fix='give for example {"dense": Facts(accuracy=0.95)}',
+        )
+    for name, fact in (facts or {}).items():
+        check_known(name, known, "subject in facts")
+        if not isinstance(fact, Facts):
+            raise ConfigError(
+                f"the facts of {name!r} are of type {type(fact).__name__}",
+                expected="a Facts of deploy_sparse.measure.profile",
+                fix="give for example Facts(accuracy=0.95)",
+            )
 
 
 def _times(samples: Samples) -> dict[str, Any]:

@@ -6,10 +6,13 @@ times without samples, are refused at construction; so no file of records can ho
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import math
 import os
+import shlex
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,12 +20,14 @@ from typing import Annotated, Final, Literal
 
 from pydantic import AwareDatetime, Field, ValidationError, model_validator
 
+from .. import artifact
 from ..config import Config
 from ..errors import ArtifactError
 from .timing import Stats, summarise
 
 SCHEMA_VERSION: Final = 1
 NOT_TIMED = "compiled, not timed here"
+_FILE_OF_RECORDS = f"a file of latency records (.jsonl), one of schema version {SCHEMA_VERSION} in every line"
 
 Milliseconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -106,7 +111,7 @@ class LatencyRecord(Config):
         return ArtifactError(
             f"the record of {self.subject!r} at batch {self.batch} {what}",
             expected=expected,
-            fix="measure again with profile(); do not edit records",
+            fix="measure again; do not edit records",
         )
 
     def to_json_line(self) -> str:
@@ -118,25 +123,87 @@ def append_records(path: Path, records: Sequence[LatencyRecord]) -> None:
     """Append records to a file of JSON lines: all of them or none, even beside another writer.
 
     Raises:
-        ArtifactError: the file cannot be written, or its last line is cut short; it is left as it was.
+        ArtifactError: the file cannot be written or holds anything but records; it is left as it was.
     """
     path = Path(path)
-    data = "".join(f"{record.to_json_line()}\n" for record in records).encode()
-    try:
+    data = _lines(records)
+    with _appending(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab+", buffering=0) as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
-            size = stream.seek(0, os.SEEK_END)
-            if size:
-                stream.seek(size - 1)
-                if stream.read(1) != b"\n":
-                    raise _torn(path, path.read_bytes().count(b"\n") + 1)
+            stream.seek(0)
+            existing = stream.readall()
+            _parsed(path, existing)
             try:
                 _write_all(stream.fileno(), data)
                 os.fsync(stream.fileno())
             except BaseException:
-                os.ftruncate(stream.fileno(), size)  # a half-written record is no record
+                os.ftruncate(stream.fileno(), len(existing))  # a half-written record is no record
                 raise
+
+
+def check_appendable(path: Path) -> None:
+    """Check that :func:`append_records` can append to ``path``, before anything is timed. Leaves nothing behind.
+
+    Raises:
+        ArtifactError: a folder, a place that cannot be written, or a file that holds anything but records.
+    """
+    path = Path(path)
+    with _appending(path):
+        if path.exists():
+            with open(path, "rb+") as stream:
+                _parsed(path, stream.read())
+            return
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+
+
+def write_records(path: Path, records: Sequence[LatencyRecord]) -> None:
+    """Replace ``path`` atomically by a file of exactly these records, whatever it held.
+
+    Raises:
+        ArtifactError: there is no record, or the folder cannot be written; an old file is untouched.
+    """
+    if not records:
+        raise ArtifactError(
+            f"no record to write to {path}", expected="at least one record", fix="measure something first"
+        )
+    artifact.write_bytes(path, _lines(records))
+
+
+def read_records(path: Path) -> tuple[LatencyRecord, ...]:
+    """Every record of a file of JSON lines, at least one.
+
+    Raises:
+        ArtifactError: missing, without a record, a torn last line, or a line that is no record; names the line.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as problem:
+        raise ArtifactError(
+            f"{path} cannot be read ({problem.strerror})",
+            expected=_FILE_OF_RECORDS,
+            fix="check the path, or measure with: deploy-sparse profile",
+        ) from None
+    if not data:
+        raise ArtifactError(
+            f"{path} holds no record", expected=_FILE_OF_RECORDS, fix="measure with: deploy-sparse profile"
+        )
+    return _parsed(path, data)
+
+
+@contextlib.contextmanager
+def _appending(path: Path) -> Iterator[None]:
+    try:
+        if path.exists() and not path.is_file():
+            raise ArtifactError(
+                f"{path} is {'a folder' if path.is_dir() else 'no ordinary file'}",
+                expected="the name of a file to append records to",
+                fix=f"name a file, for example {path / 'records.jsonl' if path.is_dir() else 'records.jsonl'}",
+            )
+        yield
     except OSError as problem:
         raise ArtifactError(
             f"{path} cannot be written ({problem.strerror or problem})",
@@ -145,37 +212,47 @@ def append_records(path: Path, records: Sequence[LatencyRecord]) -> None:
         ) from problem
 
 
-def read_records(path: Path) -> tuple[LatencyRecord, ...]:
-    """Every record of a file of JSON lines.
-
-    Raises:
-        ArtifactError: missing, a torn last line, or a line that is no record; names the line.
-    """
-    path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as problem:
-        raise ArtifactError(
-            f"{path} cannot be read ({problem.strerror})",
-            expected="a file of latency records (.jsonl)",
-            fix="check the path, or measure with: deploy-sparse profile",
-        ) from None
-    lines = data.split(b"\n")
-    if lines.pop():
-        raise _torn(path, len(lines) + 1)
-    return tuple(_parsed(path, lines))
+def _lines(records: Sequence[LatencyRecord]) -> bytes:
+    return "".join(f"{record.to_json_line()}\n" for record in records).encode()
 
 
-def _parsed(path: Path, lines: Sequence[bytes]) -> Iterator[LatencyRecord]:
-    for number, line in enumerate(lines, start=1):
+def _parsed(path: Path, data: bytes) -> tuple[LatencyRecord, ...]:
+    """The records in the content of a file; ``path`` is for messages."""
+    *whole, rest = data.split(b"\n")
+    records = []
+    for number, line in enumerate([*whole, rest] if rest else whole, start=1):
         try:
-            yield _record(line)
+            records.append(_record(line))
         except (ValueError, RecursionError, ArtifactError) as problem:
-            raise ArtifactError(
-                f"{path}, line {number}: {_brief(problem)}",
-                expected=f"one latency record of schema version {SCHEMA_VERSION} as JSON",
-                fix=f"restore {path.name} from a copy, or remove line {number} and measure again",
-            ) from None
+            if number > len(whole) > 0:
+                raise ArtifactError(
+                    f"{path}, line {number}: the last line is cut short",
+                    expected="a line end after every record",
+                    fix="something stopped while writing it; keep the whole lines with: "
+                    f"head -n {len(whole)} {shlex.quote(str(path))} > whole.jsonl",
+                ) from None
+            raise _no_record(path, number, _brief(problem)) from None
+    if rest:
+        raise ArtifactError(
+            f"{path}, line {len(records)}: the last line has no line end",
+            expected="a line end after every record",
+            fix=f"the record is whole; end its line with: echo >> {shlex.quote(str(path))}",
+        )
+    return tuple(records)
+
+
+def _no_record(path: Path, number: int, why: str) -> ArtifactError:
+    if number == 1:  # nothing says that records were ever in it, so nothing of it is to be removed
+        return ArtifactError(
+            f"{path} is no file of records (line 1: {why})",
+            expected=_FILE_OF_RECORDS,
+            fix="name a file that deploy-sparse profile wrote; to write records, a new name works too",
+        )
+    return ArtifactError(
+        f"{path}, line {number}: {why}",
+        expected=f"one latency record of schema version {SCHEMA_VERSION} as JSON",
+        fix=f"restore {path.name} from a copy, or measure again into another file",
+    )
 
 
 def _record(line: bytes) -> LatencyRecord:
@@ -190,14 +267,6 @@ def _brief(problem: Exception) -> str:
         detail = problem.errors()[0]
         return f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}"
     return str(problem.given if isinstance(problem, ArtifactError) else problem)
-
-
-def _torn(path: Path, number: int) -> ArtifactError:
-    return ArtifactError(
-        f"{path}, line {number}: the last line is cut short",
-        expected="a line end after every record",
-        fix=f"remove line {number}: it was being written when something stopped it",
-    )
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -11,8 +11,8 @@ from importlib.resources import files
 from . import contents, figures
 from .contents import Report as Report
 from .contents import final_table as final_table
+from .table import Code, escape_markdown, markdown
 from .table import Table as Table
-from .table import escape_markdown, markdown
 
 
 def render_markdown(report: Report) -> str:
@@ -25,6 +25,7 @@ def render_html(report: Report) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.tests["code"] = lambda cell: isinstance(cell, Code)
     source = files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
     return environment.from_string(source).render(
         report=report,

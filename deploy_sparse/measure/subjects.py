@@ -1,14 +1,16 @@
 """What can be measured, and the checks that come before any clock is started.
 
-A subject is anything that answers :class:`EngineLike`, or a callable without arguments that returns when its work is
-done. Nothing here knows how an engine was built.
+A subject is an engine (anything that answers :class:`EngineLike`), an opened one (:class:`RunnerLike`, which stays
+open), or a callable without arguments that returns when its work is done. Nothing here knows how an engine was built.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from types import TracebackType
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -17,14 +19,14 @@ from ..errors import ConfigError, EngineError, nearest
 
 Feeds = Mapping[str, np.ndarray]
 
+_EXPECTED = "an engine, an opened engine, or a callable without arguments"
+
 
 class RunnerLike(Protocol):
     """An opened engine. Arrays are [batch, …] by name; ``prepare`` gives a call that returns when its work is done."""
 
-    def __enter__(self) -> RunnerLike: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None, /
-    ) -> bool | None: ...
+    @property
+    def manifest(self) -> Mapping[str, Any]: ...
     def sample_inputs(self, batch: int, /) -> Feeds: ...
     def prepare(self, feeds: Feeds, /) -> Callable[[], object]: ...
     def run(self, feeds: Feeds, /) -> Feeds: ...
@@ -36,30 +38,18 @@ class EngineLike(Protocol):
     @property
     def manifest(self) -> Mapping[str, Any]: ...
     def runnable(self) -> str | None: ...
-    def open(self) -> RunnerLike: ...
+    def open(self) -> AbstractContextManager[RunnerLike]: ...
 
 
-Subject = EngineLike | Callable[[], object]
+Subject = EngineLike | RunnerLike | Callable[[], object]
 
 
 @dataclass(frozen=True)
 class _PlainCall:
-    """A callable that answers as an engine and as its own runner; it takes no feeds and has no outputs to check."""
+    """A callable as a runner; it takes no feeds and has no outputs to check."""
 
     call: Callable[[], object]
     manifest: Mapping[str, Any]
-
-    def runnable(self) -> None:
-        return None
-
-    def open(self) -> RunnerLike:
-        return self
-
-    def __enter__(self) -> RunnerLike:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
 
     def sample_inputs(self, batch: int, /) -> Feeds:
         return {}
@@ -72,25 +62,48 @@ class _PlainCall:
         return {}
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A runner as an engine that can run; whoever opened the runner closes it."""
+
+    runner: RunnerLike
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        return self.runner.manifest
+
+    def runnable(self) -> None:
+        return None
+
+    def open(self) -> AbstractContextManager[RunnerLike]:
+        return nullcontext(self.runner)
+
+
 def checked_engines(subjects: Mapping[str, Subject], baseline: str) -> dict[str, EngineLike]:
     """Every subject as an engine.
 
     Raises:
-        ConfigError: no subject, something that is neither engine nor callable, an unknown baseline, several targets.
+        ConfigError: no subject, something that is no engine, runner or callable, an unknown baseline, several targets.
     """
+    if not isinstance(subjects, Mapping):
+        raise ConfigError(
+            f"the subjects are a {type(subjects).__name__}",
+            expected="a dictionary from name to engine",
+            fix='name them, for example {"dense": engine, "ticket": other}',
+        )
     if not subjects:
         raise ConfigError(
             "no subject to profile", expected="at least one engine or callable by name", fix='add {"dense": engine}'
         )
-    check_known(baseline, tuple(subjects), "baseline")
     engines = {name: _as_engine(name, subject) for name, subject in subjects.items()}
+    check_known(baseline, tuple(subjects), "baseline")
     targets = {name: target_of(engine.manifest) for name, engine in engines.items()}
     if any(target != targets[baseline] for target in targets.values()):
         listed = ", ".join(f"{name} for {target['name']}" for name, target in targets.items())
         raise ConfigError(
             f"the subjects were built for different targets: {listed}",
             expected="one target in one profile, with the same options",
-            fix="call profile() once for each target",
+            fix="measure the engines of each target in a run of their own",
         )
     return engines
 
@@ -101,19 +114,22 @@ def check_known(name: str, known: Sequence[str], what: str) -> None:
         raise ConfigError(
             f"unknown {what} {name!r}",
             expected=f"one of the subjects: {', '.join(known)}",
-            fix=f"{nearest(name, list(known))}name one of them",
+            fix=f"{nearest(str(name), list(known))}name one of them",
         )
 
 
-def check_batches(batches: Sequence[int]) -> None:
-    """Raise a :class:`ConfigError` unless ``batches`` are distinct positive whole numbers, at least one."""
-    whole = all(isinstance(batch, int) and not isinstance(batch, bool) and batch >= 1 for batch in batches)
-    if not batches or not whole or len(set(batches)) != len(batches):
+def checked_batches(batches: Sequence[int]) -> tuple[int, ...]:
+    """The batch sizes, or a :class:`ConfigError` unless they are distinct positive whole numbers, at least one."""
+    given = tuple(batches) if isinstance(batches, Iterable) else (batches,)
+    whole = all(isinstance(batch, int) and not isinstance(batch, bool) and batch >= 1 for batch in given)
+    if not isinstance(batches, Iterable) or not given or not whole or len(set(given)) != len(given):
+        listed = ", ".join(map(repr, given)) if isinstance(batches, Iterable) else f"the one value {batches!r}"
         raise ConfigError(
-            f"batches are {tuple(batches)!r}",
-            expected="at least one batch size, each a whole number from 1 on, none twice",
-            fix="give for example batches=(1, 8)",
+            f"the batch sizes are {listed or 'none'}",
+            expected="a list of batch sizes, each a whole number from 1 on, none twice",
+            fix="give for example 1 and 8, or a list of one",
         )
+    return given
 
 
 def target_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,13 +175,37 @@ def _shapes(outputs: Feeds) -> dict[str, tuple[int, ...]]:
     return {name: tuple(np.shape(array)) for name, array in outputs.items()}
 
 
-def _as_engine(name: str, subject: Subject) -> EngineLike:
+def _as_engine(name: str, subject: Any) -> EngineLike:
     if all(hasattr(subject, attribute) for attribute in ("manifest", "runnable", "open")):
         return cast(EngineLike, subject)
-    if callable(subject):
-        return _PlainCall(subject, {})
-    raise ConfigError(
-        f"subject {name!r} is of type {type(subject).__name__}",
-        expected="an engine, or a callable without arguments",
-        fix=f"build an engine from it first: build_engine({name}, …)",
-    )
+    if all(hasattr(subject, attribute) for attribute in ("manifest", "sample_inputs", "prepare", "run")):
+        return _Opened(subject)
+    if isinstance(subject, str | Path):
+        raise ConfigError(
+            f"subject {name!r} is the path {str(subject)!r}",
+            expected=_EXPECTED,
+            fix=f"load the engine first: deploy_sparse.load_engine({str(subject)!r}), or open_entry of "
+            "deploy_sparse.engine.entry; from an ONNX file build one: deploy_sparse.build_engine",
+        )
+    if not callable(subject) or not _needs_no_argument(subject):
+        what = "takes arguments" if callable(subject) else "cannot be called"
+        raise ConfigError(
+            f"subject {name!r} is of type {type(subject).__name__}, which is no engine and {what}",
+            expected=_EXPECTED,
+            fix="build an engine from it first: deploy_sparse.build_engine(…); or, to time the call itself, "
+            f"pass lambda: {name}(inputs)",
+        )
+    return _Opened(_PlainCall(subject, {}))
+
+
+def _needs_no_argument(call: Callable[..., object]) -> bool:
+    """Whether ``call()`` is a valid call; a module says what it needs in ``forward`` alone."""
+    try:
+        signature = inspect.signature(getattr(call, "forward", call))
+    except (TypeError, ValueError):  # some built-in functions keep theirs to themselves
+        return True
+    try:
+        signature.bind()
+    except TypeError:
+        return False
+    return True

@@ -14,6 +14,12 @@ UNKNOWN = "–"
 Cell = str | int | float | None
 
 
+class Code(str):
+    """Text of a cell to be copied as it is, for example a command; shown as a code span."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Table:
     """A titled table; every row has one cell for each column.
@@ -118,7 +124,7 @@ def markdown(table: Table) -> str:
     """The table as GitHub Markdown, without its title."""
     rule = ["---:" if right else ":---" for right in table.numeric]
     lines = [[escape_markdown(name) for name in table.columns], rule]
-    lines += [[escape_markdown(cell) for cell in row] for row in table.cells]
+    lines += [[_markdown_cell(cell) for cell in row] for row in table.cells]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
     return text + (f"\n{escape_markdown(table.note)}\n" if table.note else "")
 
@@ -127,6 +133,16 @@ def escape_markdown(text: str) -> str:
     """``text`` on one line with every character that Markdown or HTML would read as markup made harmless."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return "".join(f"\\{character}" if character in "\\`*_[]|~#" else character for character in text)
+
+
+def _markdown_cell(cell: str) -> str:
+    """A code span shows everything as it is but the bar, which ends a table's cell even there unless escaped."""
+    text = " ".join(cell.strip().splitlines())
+    if not isinstance(cell, Code) or not text or "\\|" in text:  # a bar after a backslash has no form in a code span
+        return escape_markdown(cell)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}".replace("|", "\\|")
 
 
 def _looks_numeric(cell: str) -> bool:

@@ -59,7 +59,7 @@ def prune_lowest(weights: Mapping[str, torch.Tensor], masks: Masks, rate: float)
 
     Raises:
         ConfigError: ``rate`` outside (0, 1).
-        TicketError: a weight that is not finite.
+        TicketError: a weight that is not finite, or a layer that would lose its last weight.
     """
     if not 0.0 < rate < 1.0:
         raise ConfigError(f"pruning rate {rate}", expected="a number inside (0, 1)", fix="choose for example 0.2")
@@ -79,4 +79,10 @@ def prune_lowest(weights: Mapping[str, torch.Tensor], masks: Masks, rate: float)
         pruned[name] = mask.clone()
         pruned[name][mask] = survives[first : first + alive]
         first += alive
+        if not bool(pruned[name].any()):
+            raise TicketError(
+                f"pruning the smallest {rate:.0%} leaves layer {name!r} without a weight",
+                expected="at least one weight in every layer",
+                fix="prune less: a lower rate or fewer rounds, or exclude that layer",
+            )
     return pruned

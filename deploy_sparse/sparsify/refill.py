@@ -42,7 +42,8 @@ def refill(
         multiple: round the number of kept channels up to this multiple (never above c_out); 1 is the paper's rule.
 
     Returns:
-        masks by parameter name for weights, biases and norms; every row is whole or empty.
+        masks by parameter name for weights, biases and norms. Every row is empty, or whole but for the input channels
+        that their producers let go.
 
     Raises:
         TicketError: a mask that belongs to no producer of any group.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 PLAIN_INTERVAL_S = 5.0
@@ -22,11 +22,15 @@ class Console:
     def say(self, text: str) -> None:
         """One line of news."""
         if not self.quiet:
-            print(text, file=self.stream, flush=True)
+            self._print(text)
 
     def warn(self, text: str) -> None:
         """One line that must be seen."""
-        print(f"warning: {text}", file=self.stream, flush=True)
+        self._print(f"warning: {text}")
+
+    def _print(self, text: str) -> None:
+        with suppress(BrokenPipeError):  # a reader that left must not stop the work
+            print(text, file=self.stream, flush=True)
 
     @contextmanager
     def task(self, title: str, total: int) -> Iterator[Task]:

@@ -78,7 +78,8 @@ def fit(
     """Train ``model`` in place from the weights it holds, or from the newest checkpoint in ``checkpoints``.
 
     An interrupted and continued training ends with the same bits as an undisturbed one on the same machine: the
-    order of the data is a function of (seed, epoch) and everything else is in the checkpoint.
+    order of the data is a function of (seed, epoch), random layers of (seed, step), and everything else is in the
+    checkpoint. Sets torch's global seed at every step.
 
     Args:
         method: keeps its masks after each optimizer step.
@@ -94,12 +95,7 @@ def fit(
         TicketError: the loss is no longer finite.
     """
     steps = batch_count(data.train, config.batch_size)
-    if not steps:
-        raise ConfigError(
-            f"fit.batch_size = {config.batch_size} with {len(data.train)} training images",
-            expected=f"at most {len(data.train)}",
-            fix="choose a smaller --fit.batch_size",
-        )
+    check_batch_size(config, len(data.train))
     optimizer = torch.optim.SGD(
         model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=True
     )
@@ -118,6 +114,7 @@ def fit(
             _stop_if_asked(poll, checkpoints, progress, model, optimizer)
             for options in optimizer.param_groups:
                 options["lr"] = learning_rate(config, progress.step / steps)
+            torch.manual_seed(seed * 1_000_003 + progress.step)  # dropout must not depend on where a run was resumed
             optimizer.zero_grad(set_to_none=True)
             loss = functional.cross_entropy(model(images), labels, label_smoothing=config.label_smoothing)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -130,6 +127,20 @@ def fit(
             save_checkpoint(checkpoints, _snapshot(progress, model, optimizer))
     assert progress.best is not None
     return Fitted(copy_state(model), progress.best, progress.early, progress.best_epoch, progress.best_accuracy)
+
+
+def check_batch_size(config: FitConfig, train_images: int) -> None:
+    """Refuse a batch larger than the training split.
+
+    Raises:
+        ConfigError: naming both sizes.
+    """
+    if config.batch_size > train_images:
+        raise ConfigError(
+            f"fit.batch_size = {config.batch_size} with {train_images} training images",
+            expected=f"at most {train_images}",
+            fix="choose a smaller --fit.batch_size",
+        )
 
 
 def learning_rate(config: FitConfig, epoch: float) -> float:
@@ -200,7 +211,7 @@ def _stop_if_asked(
     try:
         poll(f"the training is saved at step {progress.step}")
     except BaseException:
-        if progress.step:
+        if progress.step and math.isfinite(progress.loss):
             save_checkpoint(checkpoints, _snapshot(progress, model, optimizer))
         raise
 

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -61,21 +62,26 @@ class Run:
             self.console.say(f"{name}: already there")
             return value
         value = make()
-        self.poll()
         save(value, target)
+        self.poll()
         return value
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one row to ``metrics.jsonl``."""
-        with open(self.folder / "metrics.jsonl", "a") as stream:
-            stream.write(json.dumps(row) + "\n")
+        """Append one row to ``metrics.jsonl``, unless an earlier attempt did."""
+        path, line = self.folder / "metrics.jsonl", json.dumps(row) + "\n"
+        with artifact.writing(path), open(path, "a+") as stream:
+            stream.seek(0)
+            if line not in stream:
+                stream.write(line)
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write ``run.json`` with status ``finished`` and the result."""
         artifact.write_json(self.folder / "run.json", {**self._description("finished"), "result": dict(result)})
 
     def interrupted(self, why: str) -> None:
-        """Write ``run.json`` with status ``interrupted``."""
+        """Write ``run.json`` with status ``interrupted``; a finished run stays finished."""
+        if artifact.read_json(self.folder / "run.json").get("status") == "finished":
+            return
         artifact.write_json(self.folder / "run.json", {**self._description("interrupted"), "why": why})
 
     def _description(self, status: str) -> dict[str, Any]:
@@ -101,22 +107,30 @@ def open_run(
     command: str,
     console: Console,
     poll: Callable[..., None] = lambda *saved: None,
+    changeable: tuple[str, ...] = (),
 ) -> Iterator[Run]:
     """Start a run in a free folder, or continue the one in it; the folder is locked while open.
+
+    Args:
+        changeable: tables of the configuration that may differ when a run is continued, because no earlier result
+            depends on them.
 
     Raises:
         RunError: the folder holds another run, other files, a run of another configuration, or a running process.
         ArtifactError: the folder cannot be written.
     """
     folder = Path(folder)
-    _refuse_occupied(folder, resume)
+    _refuse_foreign(folder, resume)
     with artifact.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        previous = _previous(folder, recipe, config, console)
+        _refuse_occupied(folder, resume)
+        previous = _previous(folder, recipe, config, changeable, console)
         run = Run(folder, recipe, config, console, poll, command, previous.get("started", _now()))
         if previous.get("status") != "finished":
             artifact.write_json(folder / "run.json", run._description("running"))
+        for leftover in folder.rglob(".tmp-*"):  # of a killed process: this one holds the lock
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         _cut_torn_line(folder / "metrics.jsonl")
         try:
             yield run
@@ -126,14 +140,19 @@ def open_run(
             raise
 
 
+def _refuse_foreign(folder: Path, resume: bool) -> None:
+    if not folder.is_dir() or (folder / "run.json").is_file():
+        return
+    ours = resume and (folder / ".lock").is_file()  # a run whose run.json was removed
+    if not ours and any(not p.name.startswith((".lock", ".tmp-")) for p in folder.iterdir()):
+        raise RunError(
+            f"{folder} is not empty and holds no run", expected="a free folder", fix="choose another one: --out DIR"
+        )
+
+
 def _refuse_occupied(folder: Path, resume: bool) -> None:
-    if not (folder / "run.json").is_file():
-        if folder.is_dir() and any(p.name != ".lock" for p in folder.iterdir()):
-            raise RunError(
-                f"{folder} is not empty and holds no run", expected="a free folder", fix="choose another one: --out DIR"
-            )
-    elif not resume:
-        found = artifact.read_json(folder / "run.json")
+    if (folder / "run.json").is_file() and not resume:
+        found = read_run(folder)
         raise RunError(
             f"{folder} already holds a run of {found.get('recipe')} (status: {found.get('status')})",
             expected="a free folder",
@@ -141,11 +160,37 @@ def _refuse_occupied(folder: Path, resume: bool) -> None:
         )
 
 
-def _previous(folder: Path, recipe: str, config: Mapping[str, Any], console: Console) -> dict[str, Any]:
+def read_run(folder: Path) -> dict[str, Any]:
+    """The content of a run folder's ``run.json``.
+
+    Raises:
+        RunError: damaged; nothing but the status and the table of results is lost with it.
+    """
+    try:
+        found = artifact.read_json(folder / "run.json")
+    except ArtifactError as problem:
+        found = problem
+    if not isinstance(found, dict) or not isinstance(found.get("config"), dict) or "recipe" not in found:
+        raise RunError(
+            f"{folder / 'run.json'} is damaged",
+            expected="the file as the run wrote it",
+            fix=f"remove {folder / 'run.json'} and continue the run with --resume; what is finished is found again",
+        )
+    return found
+
+
+def _previous(
+    folder: Path, recipe: str, config: Mapping[str, Any], changeable: tuple[str, ...], console: Console
+) -> dict[str, Any]:
     if not (folder / "run.json").is_file():
         return {}
-    found: dict[str, Any] = artifact.read_json(folder / "run.json")
-    changed = differences(found.get("config", {}), json.loads(json.dumps(config)))
+    found = read_run(folder)
+    changed = differences(
+        *(
+            {k: v for k, v in c.items() if k not in changeable}
+            for c in (found["config"], json.loads(json.dumps(config)))
+        )
+    )
     if found.get("recipe") != recipe:
         changed.insert(0, f"recipe: {found.get('recipe')} -> {recipe}")
     if changed:

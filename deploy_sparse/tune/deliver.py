@@ -1,11 +1,13 @@
 """From a trained ticket to measured engines: surgery, ONNX, engines, interleaved timing, report.
 
-Every recipe ends here. Each step looks for its own verified result first, so a continued run repeats nothing.
+Every recipe ends here. A continued run takes up earlier results only where their hashes say that they were made from
+this ticket; anything else is refused or made again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,15 @@ import torch
 from pydantic import Field
 
 from ..config import Config
-from ..engine.build import build_engine
+from ..engine.build import build_engine, require_runtime
 from ..engine.entry import Engine
 from ..engine.export import export_onnx
-from ..engine.onnx_file import OnnxFile, read_onnx
-from ..engine.target import load_target
-from ..errors import ConfigError, MissingDependencyError
+from ..engine.onnx_file import OnnxFile
+from ..engine.target import Target, load_target
+from ..errors import ArtifactError, BuildError, ConfigError, MissingDependencyError
 from ..measure.contents import Report, final_table, untimed_table, verdicts
 from ..measure.profile import Facts, profile
-from ..measure.record import LatencyRecord, append_records, read_records
+from ..measure.record import LatencyRecord, read_records, write_records
 from ..measure.table import Table
 from ..surgery.compact import compact, load_compact
 from ..surgery.plan import SurgeryPlan
@@ -32,6 +34,8 @@ from .run_report import ReportText, write_report
 
 Factory = Callable[[], torch.nn.Module]
 Predict = Callable[[torch.Tensor], torch.Tensor]
+Poll = Callable[[], None]
+Say = Callable[[str], None]
 
 
 class DeployConfig(Config):
@@ -43,13 +47,24 @@ class DeployConfig(Config):
     align: bool = Field(True, description="round widths up to the multiple that the first target likes")
 
 
-def check(config: DeployConfig) -> None:
-    """Refuse unknown targets and batches outside their range before anything is trained.
+def check_deploy(config: DeployConfig) -> None:
+    """Refuse what cannot be delivered before anything is trained.
 
     Raises:
-        ConfigError: naming the target and what it accepts.
+        ConfigError: an unknown target, a batch outside a target's range, or something named twice.
+        MissingDependencyError, BuildError: no target can be built here.
     """
+    for key, values in (("targets", config.targets), ("batches", config.batches)):
+        if len({*values}) < len(values):
+            raise ConfigError(
+                f"deploy.{key} = {list(values)}", expected="each one once", fix=f"drop the repetition in --deploy.{key}"
+            )
+    problems = []
     for target in map(load_target, config.targets):
+        try:
+            require_runtime(target)
+        except (MissingDependencyError, BuildError) as problem:
+            problems.append(problem)
         for batch in config.batches:
             if not target.batch.min <= batch <= target.batch.max:
                 raise ConfigError(
@@ -57,6 +72,8 @@ def check(config: DeployConfig) -> None:
                     expected=f"batches from {target.batch.min} to {target.batch.max}",
                     fix="choose other --deploy.batches, or a target file with a wider range",
                 )
+    if len(problems) == len(config.targets):
+        raise problems[0]
 
 
 @dataclass(frozen=True)
@@ -64,7 +81,6 @@ class _Subject:
     """One of the two networks on its way to engines."""
 
     name: str
-    module: torch.nn.Module
     ticket: str
     onnx: OnnxFile
 
@@ -81,8 +97,8 @@ def deliver(
     title: str,
     tables: Sequence[Table] = (),
     command: str = "",
-    poll: Callable[[], None] = lambda: None,
-    say: Callable[[str], None] = lambda text: None,
+    poll: Poll = lambda: None,
+    say: Say = lambda text: None,
 ) -> Mapping[str, Any]:
     """Deploy ``dense`` and ``ticket`` side by side and write everything under ``folder``.
 
@@ -100,7 +116,9 @@ def deliver(
         the final table, the verdicts and the files written, as JSON values.
 
     Raises:
-        SurgeryError, ExportError, BuildError: a step failed; what was finished stays.
+        SurgeryError, ExportError, BuildError, MissingDependencyError: a step failed, or no target could be built; what
+            was finished stays.
+        ArtifactError: an earlier result in ``folder`` is damaged or of another ticket.
     """
     targets = [load_target(name) for name in config.targets]
     plan, small = _surgery(ticket, factory, example_inputs, folder, targets[0].width_multiple if config.align else 1)
@@ -109,38 +127,22 @@ def deliver(
     network = factory()
     network.load_state_dict(dense.masked_weights())
     subjects = [
-        _subject("dense", network.eval(), dense.hash, example_inputs, folder),
-        _subject("ticket", small, ticket.hash, example_inputs, folder),
+        _Subject(name, origin.hash, export_onnx(module, example_inputs, folder / "onnx" / f"{name}.onnx"))
+        for name, module, origin in (("dense", network.eval(), dense), ("ticket", small, ticket))
     ]
     say("export: both networks agree with their ONNX graphs in ONNX Runtime")
-    engines: dict[str, dict[str, Engine]] = {}
-    not_built: list[tuple[str, str]] = []
-    for target in targets:
-        poll()
-        try:
-            built = {s.name: build_engine(s.onnx, target, out=folder / "engines", name=s.name) for s in subjects}
-        except MissingDependencyError as problem:
-            not_built.append((target.name, problem.given))
-            say(f"build {target.name}: not built, {problem.given}")
-            continue
-        engines[target.name] = built
-        say(f"build {target.name}: {', '.join(f'{n} {e.path.stat().st_size // 1024} KiB' for n, e in built.items())}")
+    engines, not_built = _engines(targets, subjects, folder / "engines", poll, say)
     records = _timed(engines, subjects, evaluate, config, folder / "records.jsonl", poll, say)
-    columns, rows = plan.layer_table()
-    extra = [
-        *tables,
-        Table("Layers before and after surgery", tuple(columns), tuple(map(tuple, rows)), "; ".join(plan.notes())),
-    ]
+    extra = [*tables, _layers(plan)]
     if not_built:
-        extra.append(Table("Targets not built", ("target", "why"), tuple(not_built)))
+        extra.append(Table("Targets not built", ("target", "why"), tuple(not_built.items())))
     text = ReportText(
         title=title,
         provenance=(f"Ticket {ticket.hash[:16]}", f"Compact network verified: {plan.parity}"),
         tables=tuple(extra),
-        conditions=(("command", command),) if command else (),
+        conditions=(("command", command.removesuffix(" --resume")),) if command else (),
     )
-    report = write_report(folder, records, text)
-    return summary_of(report, folder)
+    return {**summary_of(write_report(folder, records, text), folder), "not_built": not_built}
 
 
 def summary_of(report: Report, folder: Path) -> dict[str, Any]:
@@ -157,22 +159,62 @@ def _as_json(table: Table) -> dict[str, Any]:
     return {"columns": list(table.columns), "rows": [list(row) for row in table.cells]}
 
 
+def _layers(plan: SurgeryPlan) -> Table:
+    columns, rows = plan.layer_table()
+    return Table("Layers before and after surgery", tuple(columns), tuple(map(tuple, rows)), "; ".join(plan.notes()))
+
+
 def _surgery(
     ticket: Ticket, factory: Factory, example_inputs: tuple[torch.Tensor, ...], folder: Path, multiple: int
 ) -> tuple[SurgeryPlan, torch.nn.Module]:
     target = folder / "compact"
     if not target.exists():
         compact(ticket, factory, example_inputs, multiple=multiple).save(target)
-    return SurgeryPlan.load(target), load_compact(target, factory)  # the deployed network is the one on disk
+    with _removable(target):
+        plan = SurgeryPlan.load(target)
+        small = load_compact(target, factory)
+    if (plan.ticket, plan.multiple) != (ticket.hash, multiple):
+        raise ArtifactError(
+            f"{target} was made from ticket {plan.ticket[:12]} with widths in multiples of {plan.multiple}",
+            expected=f"the compact network of ticket {ticket.hash[:12]}, multiples of {multiple}",
+            fix=f"remove {target} and continue the run with --resume",
+        )
+    return plan, small  # the deployed network is the one on disk
 
 
-def _subject(
-    name: str, module: torch.nn.Module, ticket: str, example_inputs: tuple[torch.Tensor, ...], folder: Path
-) -> _Subject:
-    path = folder / "onnx" / f"{name}.onnx"
-    if path.with_name(path.name + ".json").exists():
-        return _Subject(name, module, ticket, read_onnx(path))
-    return _Subject(name, module, ticket, export_onnx(module, example_inputs, path))
+@contextmanager
+def _removable(path: Path) -> Iterator[None]:
+    """Damage met in an earlier result is answered by removing it: the next attempt makes it again."""
+    try:
+        yield
+    except ArtifactError as problem:
+        fix = f"remove {path} and continue the run with --resume"
+        raise ArtifactError(problem.given, expected=problem.expected, fix=fix) from None
+
+
+def _engines(
+    targets: Sequence[Target], subjects: Sequence[_Subject], out: Path, poll: Poll, say: Say
+) -> tuple[dict[str, dict[str, Engine]], dict[str, str]]:
+    """Engines by target and subject, and the targets that could not be built with the reason.
+
+    Raises:
+        MissingDependencyError, BuildError: no target at all could be built; the first reason.
+    """
+    engines: dict[str, dict[str, Engine]] = {}
+    problems: dict[str, MissingDependencyError | BuildError] = {}
+    for target in targets:
+        poll()
+        try:
+            built = {s.name: build_engine(s.onnx, target, out=out, name=s.name) for s in subjects}
+        except (MissingDependencyError, BuildError) as problem:
+            problems[target.name] = problem
+            say(f"warning: {target.name} is not built: {problem}")
+            continue
+        engines[target.name] = built
+        say(f"build {target.name}: {', '.join(f'{n} {e.path.stat().st_size // 1024} KiB' for n, e in built.items())}")
+    if not engines:
+        raise next(iter(problems.values()))
+    return engines, {name: f"{problem.given}; {problem.fix}" for name, problem in problems.items()}
 
 
 def _timed(
@@ -181,21 +223,37 @@ def _timed(
     evaluate: Callable[[Predict], float],
     config: DeployConfig,
     path: Path,
-    poll: Callable[[], None],
-    say: Callable[[str], None],
+    poll: Poll,
+    say: Say,
 ) -> tuple[LatencyRecord, ...]:
-    """The records of every target, from ``path`` when an earlier attempt finished them all."""
-    if path.exists():
-        return read_records(path)
+    """Every target's records: from ``path`` where they are of exactly these engines and batches, else timed now."""
+    with _removable(path):
+        known = read_records(path) if path.exists() else ()
     records: list[LatencyRecord] = []
     for target, built in engines.items():
-        facts = {s.name: Facts(accuracy=_accuracy(built[s.name], evaluate), ticket=s.ticket) for s in subjects}
-        made = profile(built, "dense", batches=config.batches, duration_s=config.duration_s, facts=facts, poll=poll)
-        timed = sum(record.status == "timed" for record in made.records)
-        say(f"profile {target}: {timed} of {len(made.records)} timed, the others compiled, not timed here")
-        records += made.records
-    append_records(path, records)
+        found = [record for record in known if record.target == target]
+        if {_what(record) for record in found} != _wanted(built, config.batches):
+            facts = {s.name: Facts(accuracy=_accuracy(built[s.name], evaluate), ticket=s.ticket) for s in subjects}
+            made = profile(built, "dense", batches=config.batches, duration_s=config.duration_s, facts=facts, poll=poll)
+            found = list(made.records)
+            timed = sum(record.status == "timed" for record in found)
+            say(f"profile {target}: {f'{timed} measurements' if timed else 'compiled, not timed here'}")
+        records += found
+    if tuple(records) != known:
+        write_records(path, records)
     return tuple(records)
+
+
+def _what(record: LatencyRecord) -> tuple[str, int, str | None]:
+    return record.subject, record.batch, record.hashes.get("engine")
+
+
+def _wanted(built: Mapping[str, Engine], batches: Sequence[int]) -> set[tuple[str, int, str | None]]:
+    return {
+        (name, batch, engine.manifest["digest"])
+        for name, engine in built.items()
+        for batch in (batches if engine.runnable() is None else batches[:1])
+    }
 
 
 def _accuracy(engine: Engine, evaluate: Callable[[Predict], float]) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .. import artifact
 from ..errors import ArtifactError
@@ -27,9 +28,10 @@ class ReportText:
 
 def write_report(folder: Path, records: Sequence[LatencyRecord], text: ReportText) -> Report:
     """Write ``report.json``, ``report.md`` and ``report.html`` into ``folder`` and return the report."""
-    body = {"kind": "report", "title": text.title, "provenance": text.provenance, "conditions": text.conditions}
     tables = [{"title": t.title, "columns": t.columns, "rows": t.rows, "note": t.note} for t in text.tables]
-    artifact.write_json(folder / "report.json", {**body, "tables": tables})
+    body: dict[str, Any] = {"kind": "report", "title": text.title, "provenance": text.provenance, "tables": tables}
+    body["conditions"] = text.conditions
+    artifact.write_json(folder / "report.json", {**body, "digest": artifact.digest_of(body)})
     report = _report(records, text)
     write_report_files(folder, report)
     return report
@@ -42,6 +44,13 @@ def load_report(folder: Path) -> Report:
         ArtifactError: no such files, or damaged ones.
     """
     stored = artifact.read_json(folder / "report.json")
+    digest = stored.pop("digest", None) if isinstance(stored, dict) else None
+    if digest is None or artifact.digest_of(stored) != digest:
+        raise ArtifactError(
+            f"{folder / 'report.json'} is damaged",
+            expected="the report text as a run wrote it",
+            fix="continue the run with --resume; it is written again",
+        )
     try:
         tables = tuple(
             Table(t["title"], tuple(t["columns"]), tuple(map(tuple, t["rows"])), t["note"]) for t in stored["tables"]

@@ -52,13 +52,16 @@ def entry(name: str) -> Entry:
     return ZOO[name]
 
 
-def check(name: str, arguments: Mapping[str, Any], image_shape: tuple[int, ...], classes: int) -> None:
+def check(name: str, arguments: Mapping[str, Any], image_shape: tuple[int, ...], classes: int) -> nn.Module:
     """Refuse a network that cannot be built or does not classify such images; allocates no weights.
 
     Args:
         arguments: as for :func:`build`.
         image_shape: one image ``(C, H, W)``.
         classes: number of classes of the data.
+
+    Returns:
+        the network on the meta device: its structure without its weights.
 
     Raises:
         ConfigError: an unknown network, arguments it does not take, or images it does not take.
@@ -75,6 +78,7 @@ def check(name: str, arguments: Mapping[str, Any], image_shape: tuple[int, ...],
             expected=f"outputs of shape {[2, classes]}",
             fix="choose a network for this data, or set model.arguments such as in_channels and classes",
         )
+    return network
 
 
 def build(name: str, **arguments: Any) -> nn.Module:
@@ -86,7 +90,7 @@ def build(name: str, **arguments: Any) -> nn.Module:
     found = entry(name)
     try:
         return found.factory(**{**found.arguments, **arguments})
-    except (TypeError, ValueError) as problem:
+    except (TypeError, ValueError, IndexError, RuntimeError) as problem:
         raise ConfigError(
             f"{name!r} cannot be built with {arguments} ({problem})",
             expected=f"arguments like {dict(found.arguments)}",

@@ -32,8 +32,10 @@ class VGG(nn.Module):
         layers: list[nn.Module] = []
         width = in_channels
         for item in layout:
-            if isinstance(item, str):
+            if item == "M":
                 layers.append(nn.MaxPool2d(2))
+            elif isinstance(item, str):
+                raise ValueError(f"layout item {item!r}; channel counts and 'M' are known")
             else:
                 layers += [nn.Conv2d(width, item, 3, padding=1), nn.BatchNorm2d(item), nn.ReLU()]
                 width = item

@@ -154,3 +154,25 @@ def test_kind_of_ignores_foreign_json(tmp_path):
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "broken.json").write_text("{")
     assert artifact.kind_of(tmp_path) is None
+
+
+def test_a_damaged_sidecar_still_tells_its_kind(tmp_path):
+    artifact.write_artifact(tmp_path / "a", "ticket", {"data.bin": b"1"}, {})
+    path = tmp_path / "a" / "ticket.json"
+    path.write_bytes(path.read_bytes()[:20])
+    assert artifact.kind_of(tmp_path / "a") == "ticket"
+    with pytest.raises(ArtifactError, match=r"ticket.json is not valid JSON[\s\S]*make it again: mk"):
+        artifact.read_artifact(tmp_path / "a", "ticket", remake="mk")
+
+
+def test_an_empty_folder_may_be_filled(tmp_path):
+    (tmp_path / "a").mkdir()
+    _write(tmp_path / "a")
+    assert artifact.read_artifact(tmp_path / "a", "thing", remake="mk").body == {"note": "n"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), {1, 2}, object()])
+def test_values_that_json_does_not_know_are_refused_and_nothing_is_written(tmp_path, value):
+    with pytest.raises(ArtifactError, match=r"holds a value that JSON does not know"):
+        artifact.write_artifact(tmp_path / "a", "thing", {}, {"x": value})
+    assert not (tmp_path / "a").exists()

@@ -57,7 +57,8 @@ def test_lists_and_dashes_in_overrides():
         ({"fit": {"rate": 1.0}}, r"fit.rate = 1.0 in f.toml[\s\S]*less than 1"),
         ({"fit": {"rate": 0}}, r"fit.rate = 0[\s\S]*greater than 0"),
         ({"fit": {"rate": float("nan")}}, r"fit.rate = nan[\s\S]*a finite number"),
-        ({"fit": {"epochs": "many"}}, r"fit.epochs = 'many'[\s\S]*a valid integer"),
+        ({"fit": {"epochs": "many"}}, r"fit.epochs = 'many'[\s\S]*a whole number[\s\S]*--fit.epochs 3"),
+        ({"names": "a"}, r"names = 'a'[\s\S]*a list"),
         ({"fit": 3}, r"fit = 3 in f.toml[\s\S]*expected"),
     ],
 )

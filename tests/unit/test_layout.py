@@ -24,7 +24,7 @@ ALLOWED = {
     "measure": {"artifact", "config", "errors"},
     "data": {"artifact", "config", "errors"},
     "zoo": {"artifact", "config", "errors"},
-    "train": {"data", "artifact", "config", "errors"},
+    "train": {"data", "ticket", "structure", "artifact", "config", "errors"},
     "tune": {"sparsify", "surgery", "engine", "measure", "ticket", "structure", "artifact", "config", "errors"},
     "api": {"zoo", "surgery", "engine", "ticket", "structure", "artifact", "config", "errors"},
 }

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploy_sparse import Ticket
+from deploy_sparse.artifact import write_artifact
 from deploy_sparse.errors import ArtifactError, TicketError
-from deploy_sparse.structure import Channels, Dense, Unstructured, density, structure_of
+from deploy_sparse.structure import Channels, Dense, Unstructured, density, row_density, structure_of
 from deploy_sparse.ticket import ModelRef, Provenance
 
 
@@ -152,3 +153,41 @@ def test_summary_is_json():
     summary = make().summary()
     assert json.loads(json.dumps(summary)) == summary
     assert summary["layers"][0]["layer"] == "conv.weight"
+
+
+def test_a_consistent_artifact_that_is_no_ticket_is_refused(tmp_path):
+    body = {"model": {"name": "n", "arguments": [], "input_shape": []}, "provenance": {"method": "m"}, "masks": {}}
+    for number, (payload, changed) in enumerate(
+        [({}, body), ({"ticket.safetensors": b"no tensors"}, body), ({"ticket.safetensors": b""}, {}),
+         ({"ticket.safetensors": artifact_bytes()}, {**body, "masks": {"w": [2]}})]
+    ):  # fmt: skip
+        write_artifact(tmp_path / str(number), "ticket", payload, changed)
+        with pytest.raises(ArtifactError, match="is not a readable ticket"):
+            Ticket.load(tmp_path / str(number))
+
+
+def artifact_bytes():
+    from safetensors.torch import save
+
+    return save({"weight/w": torch.ones(2)})
+
+
+def test_views_of_a_larger_tensor_are_saved_alone(tmp_path):
+    whole = torch.arange(12.0)
+    ticket = make(weights={"a": whole[:4], "b": whole[2:6]}, masks={})
+    ticket.save(tmp_path / "t")
+    assert torch.equal(Ticket.load(tmp_path / "t").weights["b"], whole[2:6])
+    assert (tmp_path / "t" / "ticket.safetensors").stat().st_size < 400
+
+
+def test_masked_kernel_positions_are_no_channels():
+    taps = torch.zeros(4, 3, 3, 3, dtype=torch.bool)
+    taps[:, :, 0] = True
+    assert structure_of(taps) == Unstructured(pytest.approx(1 / 3))
+
+
+def test_the_share_of_weights_in_kept_channels():
+    mask = torch.zeros(4, 2, dtype=torch.bool)
+    mask[0, 0] = mask[1] = True
+    assert row_density({"w": mask}) == 0.5
+    assert row_density({}) == 1.0

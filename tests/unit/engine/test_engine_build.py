@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -176,6 +177,58 @@ def test_bad_subjects(tmp_path: Path) -> None:
         build_engine(make_tiny(), "cqu", torch.randn(2, 1, 8, 8), tmp_path)
 
 
+ACCEPTED = "an nn.Module (or an object with one in .module), the path of an ONNX file, or an OnnxFile"
+
+
+@pytest.mark.parametrize(
+    "subject", [3, None, {"weight": torch.zeros(1)}, SimpleNamespace(masks={}), SimpleNamespace(module=3)]
+)
+@pytest.mark.parametrize("inputs", [None, torch.zeros(2, 4)])
+def test_subject_of_another_type(subject: object, inputs: torch.Tensor | None, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=f"a {type(subject).__name__} was given") as caught:
+        build_engine(subject, "cpu", inputs, tmp_path)
+    assert caught.value.expected == ACCEPTED
+    assert "of a ticket: deploy_sparse.compact(ticket) first" in caught.value.fix
+
+
+def test_engine_instead_of_its_graph(built: Engine, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=f"pass its {built.folder}/model.onnx"):
+        build_engine(built, "cpu", out=tmp_path)
+    with pytest.raises(
+        ArtifactError, match=f"is an engine(.|\\n)*build from the graph in it: {built.folder}/model.onnx"
+    ):
+        build_engine(str(built.folder), "cpu", out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "what", "fix"),
+    [
+        ("ticket.json", "a ticket", "pass deploy_sparse.compact('{0}'), or run: deploy-sparse build '{0}'"),
+        ("plan.json", "a compact network", "pass deploy_sparse.load_compact('{0}'), or run: deploy-sparse build '{0}'"),
+        ("run.json", "a run folder", "run: deploy-sparse build '{0}/compact'"),
+        ("notes.txt", "a folder", "name an ONNX file"),
+        ("checkpoint.json", "a checkpoint", "name an ONNX file"),
+    ],
+)
+def test_folder_of_another_kind_says_which_call(sidecar: str, what: str, fix: str, tmp_path: Path) -> None:
+    folder = tmp_path / "it is"
+    folder.mkdir()
+    (folder / sidecar).write_text("{}")
+    with pytest.raises(ArtifactError) as caught:
+        build_engine(folder, "cpu", out=tmp_path / "out")
+    assert caught.value.given == f"{folder} is {what}"
+    assert (caught.value.expected, caught.value.fix) == (ACCEPTED, fix.format(folder))
+
+
+def test_other_arguments_of_another_type(exported: OnnxFile, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the target is of type Tensor"):
+        build_engine(make_tiny(), torch.zeros(2, 1, 8, 8), out=tmp_path)
+    with pytest.raises(ConfigError, match="the folder for engines is of type int"):
+        build_engine(exported, "cpu", out=3)
+    with pytest.raises(ConfigError, match="engine name None"):
+        build_engine(exported, "cpu", out=tmp_path, name=None)
+
+
 def test_file_altered_between_export_and_build(exported: OnnxFile, tmp_path: Path) -> None:
     moved = OnnxFile(**{**vars(exported), "path": tmp_path / "x.onnx"})
     moved.path.write_bytes(exported.read()[:-1])
@@ -189,12 +242,25 @@ def test_out_folder_that_cannot_be_made(exported: OnnxFile, tmp_path: Path) -> N
         build_engine(exported, "cpu", out=tmp_path / "file")
 
 
-def test_rebuild_command_names_file_and_target(built: Engine) -> None:
-    assert built.build_command() == (
-        f"deploy-sparse build {built.folder / 'model.onnx'} --target cpu --out {built.folder.parent}"
+def test_rebuild_command_names_file_target_and_name(built: Engine) -> None:
+    command = f"deploy-sparse build {built.folder / 'model.onnx'} --target cpu --out {built.folder.parent} --name tiny"
+    assert built.build_command() == command
+    assert built.build_command("rtx-sm89") == command.replace("cpu --out", "rtx-sm89 --out")
+
+
+@pytest.mark.parametrize("change", [{"name": "board"}, {"threads": 2}])
+def test_rebuild_command_of_an_own_target_says_what_is_needed(built: Engine, change: dict[str, object]) -> None:
+    target = Target(**{**built.target.model_dump(), **change})
+    own = Engine(Path("a b"), built.manifest, target)
+    assert (
+        own.build_command()
+        == own.build_command(target.name)
+        == (
+            f"deploy-sparse build 'a b/model.onnx' --target FILE --out . --name tiny (FILE: a TOML file of target "
+            f"'{target.name}', with the values that engine.json has under 'target')"
+        )
     )
-    own = Engine(Path("a b"), built.manifest, Target(**{**built.target.model_dump(), "name": "board"}))
-    assert own.build_command() == "deploy-sparse build 'a b/model.onnx' --target board.toml --out ."
+    assert "--target rtx-sm89 --out . --name tiny" in own.build_command("rtx-sm89")
 
 
 def test_building_from_onnx_needs_no_torch(exported: OnnxFile, tmp_path: Path) -> None:

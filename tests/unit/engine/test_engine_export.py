@@ -125,6 +125,9 @@ def test_what_cannot_be_exported(function, text: str, tmp_path: Path, capfd) -> 
     [
         (None, "example_inputs holds nothing"),
         ((np.zeros((2, 4)),), "example_inputs holds ndarray"),
+        (np.zeros((2, 4)), "example_inputs holds ndarray"),
+        ({"x": torch.zeros(2, 4)}, "example_inputs holds dict"),
+        (3, "example_inputs holds int"),
         ((torch.zeros(2, 4), torch.zeros(3, 4)), "one batch size"),
         (torch.tensor(1.0), "one batch size of at least 1"),
         (torch.zeros(0, 4), "one batch size of at least 1"),
@@ -138,6 +141,34 @@ def test_bad_example_inputs(inputs, text: str, tmp_path: Path) -> None:
 def test_no_module(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"a dict was given(.|\n)*load it first"):
         export_onnx({"weight": torch.zeros(1)}, torch.zeros(2, 4), tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize("path", [None, 3])
+def test_no_path(path: object) -> None:
+    with pytest.raises(ExportError, match=r"the path is of type (.|\n)*'model\.onnx'"):
+        export_onnx(make_tiny(), torch.randn(2, 1, 8, 8), path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float64, torch.float16])
+def test_input_of_another_type_than_the_weights_is_named(dtype: torch.dtype, tmp_path: Path) -> None:
+    with pytest.raises(ExportError) as caught:
+        export_onnx(make_tiny(), torch.ones(2, 1, 8, 8, dtype=dtype), tmp_path / "x.onnx")
+    assert caught.value.given == f"example input 0 is {dtype}; the weights are torch.float32"
+    assert caught.value.fix == "convert the example inputs: tensor.float()"
+
+
+def test_weights_of_another_type_than_the_input_are_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        ExportError, match=r"0 is torch\.float32; the weights are torch\.float64(.|\n)*module\.float\(\)"
+    ):
+        export_onnx(make_tiny().double(), torch.randn(2, 1, 8, 8), tmp_path / "x.onnx")
+
+
+def test_integer_inputs_are_right_for_an_embedding(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 2))
+    assert export_onnx(network, torch.ones(2, 2, dtype=torch.int64), tmp_path / "x.onnx").inputs[0].dtype == "int64"
+    with pytest.raises(ExportError, match=r"cannot be exported: .*cannot be multiplied"):  # types are not the reason
+        export_onnx(network, torch.ones(2, 4, dtype=torch.int64), tmp_path / "x.onnx")
 
 
 def test_double_precision_is_refused_by_name(tmp_path: Path) -> None:

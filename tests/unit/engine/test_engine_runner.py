@@ -20,6 +20,7 @@ from deploy_sparse.engine.build import build_engine
 from deploy_sparse.engine.entry import Engine
 from deploy_sparse.engine.runner import Runner, load_engine
 from deploy_sparse.errors import ArtifactError, EngineError
+from deploy_sparse.measure.profile import profile
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +165,18 @@ def test_file_swapped_while_loading(entry: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "open_entry", verify_then_swap)
     with pytest.raises(ArtifactError, match="changed while it was being loaded"):
         load_engine(entry)
+
+
+@pytest.mark.parametrize("given", [None, 3])
+def test_neither_path_nor_engine(given: object) -> None:
+    with pytest.raises(EngineError, match=f"a {type(given).__name__} was given(.|\\n)*the folder of an engine"):
+        load_engine(given)
+
+
+def test_opened_engine_can_be_profiled(runner: Runner) -> None:
+    found = profile({"dense": runner, "same": runner}, duration_s=0.01, warmup_ms=0, block_ms=1)
+    assert [record.status for record in found.records] == ["timed", "timed"]
+    assert runner.run(runner.sample_inputs())["output"].shape == (1, 10)  # still open
 
 
 def test_not_an_engine(tmp_path: Path) -> None:

@@ -66,6 +66,28 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        ('runtime = "onnxruntime"\n[batch]\nmax = 0\n', "mend it in {path}"),
+        ('runtime = "onnxruntime"\ntreads = 2\n', "did you mean 'threads'? mend it in {path}"),
+        ("threads = 2\n", "mend it in {path}"),
+    ],
+)
+def test_advice_is_the_file_and_no_option(text: str, fix: str, tmp_path: Path) -> None:
+    path = tmp_path / "board.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"board\.toml") as caught:
+        load_target(path)
+    assert caught.value.fix == fix.format(path=path)
+
+
+@pytest.mark.parametrize("given", [None, 3, ["cpu"]])
+def test_no_name_and_no_path(given: object) -> None:
+    with pytest.raises(ConfigError, match=r"the target is of type (.|\n)*choose one of cpu, rtx-portable"):
+        load_target(given)
+
+
+@pytest.mark.parametrize(
     ("values", "text"),
     [
         ({"batch": {"min": 4, "opt": 2}}, "min <= opt <= max"),

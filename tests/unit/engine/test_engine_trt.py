@@ -6,6 +6,7 @@ import importlib
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from engine_samples import write_graph
@@ -13,7 +14,7 @@ from onnx import TensorProto, helper
 
 from deploy_sparse.engine import _trt
 from deploy_sparse.engine._trt import Gpu, compile_onnx
-from deploy_sparse.engine.build import build_engine
+from deploy_sparse.engine.build import build_engine, require_runtime
 from deploy_sparse.engine.entry import Engine, open_entry
 from deploy_sparse.engine.onnx_file import OnnxFile, read_onnx
 from deploy_sparse.engine.runner import load_engine
@@ -118,12 +119,32 @@ def test_missing_libraries(exported: OnnxFile, tmp_path: Path, uninstalled) -> N
     with pytest.raises(MissingDependencyError) as caught:
         build_engine(exported, "rtx-sm80", out=tmp_path)
     assert "tensorrt-rtx is not installed" in str(caught.value)
-    assert 'pip install "deploy-sparse[rtx]"' in str(caught.value)
+    assert caught.value.fix == "pip install tensorrt-rtx (the extra 'rtx')"
     with pytest.raises(MissingDependencyError) as caught:
         build_engine(exported, "tensorrt", out=tmp_path)
-    assert 'pip install "deploy-sparse[tensorrt]"' in str(caught.value)
+    assert caught.value.fix.startswith("pip install tensorrt (the extra 'tensorrt'; ")
     assert "NVIDIA's own package index" in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_runtime_is_checked_without_building(uninstalled) -> None:
+    require_runtime(load_target("cpu"))
+    for name in ("rtx-sm80", "tensorrt"):
+        with pytest.raises(MissingDependencyError, match="is not installed"):
+            require_runtime(load_target(name))
+
+
+def test_runtime_check_knows_that_full_tensorrt_needs_a_gpu(no_gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_trt, "library", lambda runtime: object())
+    require_runtime(load_target("rtx-sm80"))  # compiles ahead of time
+    with pytest.raises(BuildError, match=r"'tensorrt' compiles for the GPU of this machine, which has none"):
+        require_runtime(load_target("tensorrt"))
+
+
+def test_missing_runtime_is_found_before_the_export(no_gpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(_trt, "library", lambda runtime: SimpleNamespace(__version__="11.0"))
+    with pytest.raises(BuildError, match="which has none"):
+        build_engine(tmp_path / "gone.onnx", "tensorrt", out=tmp_path)
 
 
 def test_broken_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +192,7 @@ def test_loading_on_another_gpu(built_rtx: Engine, rtx, monkeypatch, capability:
 
 def test_loading_without_the_library(built_rtx: Engine, uninstalled, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu_is(monkeypatch, "RTX 4090", "SM89")
-    with pytest.raises(EngineError, match=r'tensorrt-rtx is not installed(.|\n)*pip install "deploy-sparse\[rtx\]"'):
+    with pytest.raises(EngineError, match=r"tensorrt-rtx is not installed(.|\n)*pip install tensorrt-rtx \("):
         load_engine(built_rtx)
 
 

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,17 +159,82 @@ def test_unknown_baseline_and_facts_get_a_hint(engines):
         profile(engines, facts={"tickets": Facts()})
 
 
-def test_no_subject_and_no_engine_are_refused():
+def test_no_subject_is_refused(engines):
     with pytest.raises(ConfigError, match="no subject to profile"):
         profile({})
-    with pytest.raises(ConfigError, match=r"subject 'dense' is of type str(.|\n)*build_engine"):
-        profile({"dense": "dense.onnx"})
+    with pytest.raises(ConfigError, match=r"the subjects are a list(.|\n)*a dictionary from name to engine"):
+        profile(list(engines.values()))
 
 
-@pytest.mark.parametrize("batches", [(), (0,), (1.5,), (True,), (2, 2)])
+class Network:
+    """Like an nn.Module: callable with anything, says in ``forward`` what it needs."""
+
+    def forward(self, x):
+        return x
+
+    def __call__(self, *args, **kwargs):
+        return self.forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("subject", "text"),
+    [
+        ("some/engine", r"is the path 'some/engine'(.|\n)*deploy_sparse\.load_engine\('some/engine'\), or open_entry"),
+        (Path("x.onnx"), r"is the path 'x\.onnx'(.|\n)*deploy_sparse\.build_engine"),
+        (
+            Network(),
+            r"of type Network, which is no engine and takes arguments(.|\n)*build_engine(.|\n)*lambda: a\(inputs\)",
+        ),
+        (lambda x: x, "takes arguments"),
+        (3, r"of type int, which is no engine and cannot be called"),
+        (None, r"of type NoneType"),
+    ],
+)
+def test_what_is_no_subject_says_what_to_do(machine, subject, text):
+    with pytest.raises(ConfigError, match=text):
+        profile({"a": subject}, clock=machine.clock, **FAST)
+
+
+def test_built_in_function_is_a_callable_without_arguments(machine):
+    assert profile({"dense": machine.work("dense", 1.0), "dict": dict}, duration_s=0.001, warmup_ms=0, block_ms=0.1)
+
+
+@pytest.mark.parametrize("batches", [(), (0,), (1.5,), (True,), (2, 2), 4, "18", None])
 def test_bad_batches_are_refused(engines, batches):
-    with pytest.raises(ConfigError, match="batches are"):
+    with pytest.raises(ConfigError, match=r"the batch sizes are (.|\n)*give for example 1 and 8, or a list of one"):
         profile(engines, batches=batches)
+
+
+def test_batches_may_come_from_a_generator(machine, engines):
+    found = profile(engines, batches=(b for b in (1, 2)), clock=machine.clock, **FAST)
+    assert [record.batch for record in found.records] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("facts", [[Facts()], {"dense": {"accuracy": 0.9}}, {"dense": 0.9}])
+def test_facts_of_another_type_are_refused_before_timing(machine, engines, facts):
+    with pytest.raises(ConfigError, match=r"the facts (.|\n)*Facts\(accuracy=0\.95\)"):
+        profile(engines, facts=facts, clock=machine.clock, **FAST)
+    assert machine.log == []
+
+
+@dataclass
+class Opened:
+    """What load_engine gives: a runner of an engine, without ``open`` and ``runnable``."""
+
+    engine: FakeEngine
+
+    def __getattr__(self, name):
+        if name not in ("manifest", "sample_inputs", "run", "prepare"):
+            raise AttributeError(name)
+        return getattr(self.engine, name)
+
+
+def test_opened_engine_is_a_subject_and_stays_open(machine, engines):
+    found = profile({"dense": engines["dense"], "ticket": Opened(engines["ticket"])}, clock=machine.clock, **FAST)
+    assert found.comparisons[0].verdict == "faster"
+    assert found.records[1].hashes["engine"] == "ef" * 32
+    assert engines["ticket"].opened == []
+    assert engines["dense"].opened == ["open", "closed"]
 
 
 def test_batch_outside_the_range_is_the_engines_own_error_before_any_timing(machine, engines):
@@ -180,7 +246,7 @@ def test_batch_outside_the_range_is_the_engines_own_error_before_any_timing(mach
 
 def test_mixed_targets_are_refused(engines):
     engines["ticket"].target = "rtx-sm89"
-    with pytest.raises(ConfigError, match=r"dense for cpu, ticket for rtx-sm89(.|\n)*once for each target"):
+    with pytest.raises(ConfigError, match=r"dense for cpu, ticket for rtx-sm89(.|\n)*in a run of their own"):
         profile(engines)
 
 

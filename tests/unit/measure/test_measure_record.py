@@ -1,5 +1,6 @@
 import json
 import os
+import subprocess
 import threading
 import time
 from datetime import UTC, datetime, timedelta, timezone
@@ -10,7 +11,14 @@ from hypothesis import strategies as st
 
 from deploy_sparse.errors import ArtifactError
 from deploy_sparse.measure import record as record_module
-from deploy_sparse.measure.record import Conditions, LatencyRecord, append_records, read_records
+from deploy_sparse.measure.record import (
+    Conditions,
+    LatencyRecord,
+    append_records,
+    check_appendable,
+    read_records,
+    write_records,
+)
 from deploy_sparse.measure.timing import summarise
 
 positive = st.floats(1e-6, 1e9)
@@ -100,10 +108,125 @@ def test_torn_last_line_is_named_and_never_built_upon(tmp_path, make_record):
     append_records(path, [make_record(), make_record()])
     torn = path.read_bytes()[:-40]
     path.write_bytes(torn)
-    for use in (lambda: read_records(path), lambda: append_records(path, [make_record()])):
-        with pytest.raises(ArtifactError, match=r"a\.jsonl, line 2: the last line is cut short"):
+    for use in (
+        lambda: read_records(path),
+        lambda: append_records(path, [make_record()]),
+        lambda: check_appendable(path),
+    ):
+        with pytest.raises(ArtifactError, match=r"a\.jsonl, line 2: the last line is cut short") as caught:
             use()
     assert path.read_bytes() == torn
+    command = caught.value.fix.partition("keep the whole lines with: ")[2]
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert read_records(tmp_path / "whole.jsonl") == (make_record(),)
+
+
+def test_whole_last_record_without_line_end_is_never_cut(tmp_path, make_record):
+    path = tmp_path / "a b.jsonl"
+    path.write_text(make_record().to_json_line())
+    for use in (lambda: read_records(path), lambda: append_records(path, [make_record()])):
+        with pytest.raises(ArtifactError, match="line 1: the last line has no line end") as caught:
+            use()
+    subprocess.run(caught.value.fix.partition("with: ")[2], shell=True, check=True)
+    assert read_records(path) == (make_record(),)
+
+
+FOREIGN = {
+    "run.json": '{\n  "status": "finished"\n}\n',
+    "one-line.json": '{"status": "finished"}\n',
+    "no-end.txt": "notes",
+    "empty-line.txt": "\n",
+    "torn.jsonl": '{"schema_version":1,"run_id":"x',
+    "binary": "\x00\x01\n\x00",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_file_of_something_else_is_never_appended_to_nor_cut(tmp_path, make_record, name):
+    path = tmp_path / name
+    path.write_text(FOREIGN[name])
+    for use in (
+        lambda: read_records(path),
+        lambda: append_records(path, [make_record()]),
+        lambda: check_appendable(path),
+    ):
+        with pytest.raises(ArtifactError, match=r"is no file of records \(line 1: ") as caught:
+            use()
+        assert "remove" not in caught.value.fix
+        assert "head" not in caught.value.fix
+        assert path.read_text() == FOREIGN[name]
+
+
+def test_later_line_that_is_no_record_stops_an_append(tmp_path, make_record):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{make_record().to_json_line()}\nnotes\n")
+    for use in (lambda: append_records(path, [make_record()]), lambda: check_appendable(path)):
+        with pytest.raises(ArtifactError, match=r"a\.jsonl, line 2: "):
+            use()
+    assert path.read_text().endswith("\nnotes\n")
+
+
+def test_file_without_a_record_is_refused_by_readers_only(tmp_path, make_record):
+    path = tmp_path / "a.jsonl"
+    path.touch()
+    for empty in (path, "/dev/null"):
+        with pytest.raises(ArtifactError, match=r"holds no record(.|\n)*deploy-sparse profile"):
+            read_records(empty)
+    check_appendable(path)
+    append_records(path, [make_record()])
+    assert read_records(path) == (make_record(),)
+
+
+def test_place_is_checked_beforehand_and_nothing_left_behind(tmp_path, make_record, monkeypatch):
+    new = tmp_path / "sub" / "a.jsonl"
+    check_appendable(new)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    check_appendable("a.jsonl")
+    append_records(new, [make_record()])
+    before = new.read_bytes()
+    check_appendable(new)
+    assert new.read_bytes() == before
+    (tmp_path / "file").write_text("in the way")
+    for place, text in (
+        (tmp_path, "is a folder"),
+        ("/dev/null", "is no ordinary file"),
+        (tmp_path / "file" / "a.jsonl", "cannot be written"),
+        (tmp_path / ("x" * 300), "cannot be written"),
+    ):
+        for use in (
+            lambda place=place: check_appendable(place),
+            lambda place=place: append_records(place, [make_record()]),
+        ):
+            with pytest.raises(ArtifactError, match=text):
+                use()
+
+
+def test_folder_without_write_permission_is_found_beforehand(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(record_module.tempfile, "TemporaryFile", refuse)  # root may write everywhere
+    with pytest.raises(ArtifactError, match=r"a\.jsonl cannot be written \(Permission denied\)"):
+        check_appendable(tmp_path / "a.jsonl")
+
+
+def test_write_replaces_the_whole_file_or_nothing(tmp_path, make_record, monkeypatch):
+    path = tmp_path / "sub" / "a.jsonl"
+    write_records(path, [make_record(), make_record("ticket")])
+    write_records(path, [make_record("ticket")])
+    assert read_records(path) == (make_record("ticket"),)
+    with pytest.raises(ArtifactError, match="no record to write"):
+        write_records(path, [])
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record_module.artifact.os, "replace", full_disk)
+    with pytest.raises(ArtifactError, match="No space left on device"):
+        write_records(path, [make_record()])
+    assert read_records(path) == (make_record("ticket"),)
+    assert [p.name for p in path.parent.iterdir()] == ["a.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -125,13 +248,14 @@ def test_line_that_is_no_record_is_named(tmp_path, make_record, alter, message):
     with pytest.raises(ArtifactError) as caught:
         read_records(path)
     assert f"a.jsonl, {message}" in str(caught.value)
-    assert "remove line 2" in caught.value.fix
+    assert "from a copy" in caught.value.fix
+    assert "remove" not in caught.value.fix
 
 
 def test_garbage_and_not_a_number_are_refused(tmp_path, make_record):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xff\xfe\n")
-    with pytest.raises(ArtifactError, match=r"a\.jsonl, line 1"):
+    with pytest.raises(ArtifactError, match=r"a\.jsonl is no file of records \(line 1"):
         read_records(path)
     path.write_text(make_record(timed=False).to_json_line().replace("3.25", "NaN") + "\n")
     with pytest.raises(ArtifactError, match=r"line 1: build_seconds"):
@@ -180,8 +304,3 @@ def test_writers_side_by_side_lose_nothing(tmp_path, make_record, monkeypatch):
     found = [(r.subject, r.batch) for r in read_records(path)]
     assert sorted(found) == sorted((n, b + k) for n in "abcd" for b in range(1, 6) for k in (0, 100))
     assert all(found[i][1] + 100 == found[i + 1][1] for i in range(0, len(found), 2))  # a call's records stay together
-
-
-def test_path_that_is_a_folder_is_refused(tmp_path, make_record):
-    with pytest.raises(ArtifactError, match="cannot be written"):
-        append_records(tmp_path, [make_record()])

@@ -1,3 +1,4 @@
+import html
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -7,6 +8,7 @@ import pytest
 
 from deploy_sparse.errors import ConfigError
 from deploy_sparse.measure.compare import compare_all
+from deploy_sparse.measure.contents import verdicts
 from deploy_sparse.measure.figures import nice_ticks
 from deploy_sparse.measure.report import Report, Table, final_table, render_html, render_markdown
 from deploy_sparse.measure.table import plain
@@ -77,7 +79,7 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.open and self.open[-1] in ("h2", "h1"):
             self.headings.append(data)
-        if self.open and self.open[-1] == "td":
+        if "td" in self.open:
             self.rows[-1][-1] += data
         if "style" not in self.open:
             self.text.append(data)
@@ -151,8 +153,47 @@ def test_what_got_slower_is_there_when_nothing_did(make_record):
     nothing = render_markdown(Report("t", records, compare_all(records)))
     assert "## What got slower\n\n- Nothing: no subject was measured slower than its baseline." in nothing
     alike = (make_record(), make_record("ticket"))
-    assert "For 1 of 1 comparisons the data cannot tell." in render_html(Report("t", alike, compare_all(alike)))
+    unclear = render_markdown(Report("t", alike, compare_all(alike))).split("## What got slower")[1]
+    assert "For 1 of 1 comparisons the data cannot tell." in unclear
+    assert "\n- ticket on cpu at batch 1: cannot tell, as the interval includes 1: 1.000× the speed of dense" in unclear
     assert "Nothing was compared" in render_html(Report("t", records[:1], ()))
+
+
+def test_verdict_that_cannot_tell_says_why(make_record):
+    alike = (make_record(), make_record("ticket"))
+    report = Report("t", alike, compare_all(alike))
+    sentence = (
+        "cannot tell ticket from dense, at 1.000× its speed (95 % interval 1.000 to 1.000); its MACs predict 1.00×: "
+        "the interval includes 1."
+    )
+    assert f"- cpu, batch 1: {sentence}\n" in render_markdown(report)
+    assert sentence in render_html(report)
+
+
+def test_too_few_blocks_show_no_interval_anywhere(make_record):
+    records = (make_record(ms=9.0, count=3), make_record("ticket", count=3))
+    report = Report("t", records, compare_all(records))
+    (verdict,) = verdicts(report)
+    assert verdict.text == (
+        "cpu, batch 1: cannot tell ticket from dense, at 9.00× its speed (too few blocks for an interval); its MACs "
+        "predict 1.00×: only 3 paired blocks were timed, fewer than the 8 an interval needs."
+    )
+    assert final_table(report).rows[1][-2] == "9.00× (too few blocks for an interval), cannot tell"
+    for text in (render_markdown(report), render_html(report)):
+        assert not re.search(r"95 % interval [\d.]", text)
+        assert "ticket on cpu at batch 1: cannot tell, as only 3 paired blocks were timed" in text
+
+
+def test_command_can_be_copied_from_both(make_record):
+    command = "deploy-sparse run imp_refill --config my_config --title 'a  *b* [x|y]' --fit.epochs 3"
+    report = Report("t", (make_record(),), (), conditions=(("command", command), ("note", "a_b")))
+    text = render_markdown(report)
+    assert "| command | `" + command.replace("|", "\\|") + "` |" in text
+    assert "| note | a\\_b |" in text
+    assert f"<code>{html.escape(command, quote=True)}</code>" in render_html(report).replace("&#34;", "&quot;").replace(
+        "&#39;", "&#x27;"
+    )
+    assert "white-space: pre-wrap" in render_html(report)
 
 
 def test_everything_is_escaped(make_record):
@@ -167,13 +208,13 @@ def test_everything_is_escaped(make_record):
     untimed = make_record(timed=False, target="x" + NASTY, reason=NASTY)
     report = Report(
         NASTY, (*records, untimed), compare_all(records), (NASTY,), (Table(NASTY, (NASTY,), ((NASTY,),), NASTY),),
-        ((NASTY, NASTY),),
+        ((NASTY, NASTY), ("command", NASTY)),
     )  # fmt: skip
     source = render_html(report)
     page = Page(source)
     assert "script" not in {tag for tag, _ in page.tags}
     assert NASTY in "".join(page.text)
-    assert "<script" not in render_markdown(report)
+    assert "<script" not in re.sub("`[^`]*`", "", render_markdown(report))
     for svg in re.findall(r"<svg.*?</svg>", source, flags=re.DOTALL):
         ElementTree.fromstring(svg)
 

@@ -1,9 +1,20 @@
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy_sparse.errors import ConfigError
-from deploy_sparse.measure.table import Table, count, escape_markdown, markdown, plain, ratio_and_interval, significant
+from deploy_sparse.measure.table import (
+    Code,
+    Table,
+    count,
+    escape_markdown,
+    markdown,
+    plain,
+    ratio_and_interval,
+    significant,
+)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +75,28 @@ def test_markdown_cells_cannot_break_out(first, second):
     unescaped = lines[2].replace("\\\\", "").replace("\\|", "")
     assert unescaped.count("|") == 3
     assert "<" not in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        ("a_b *c*  --d", "`a_b *c*  --d`"),
+        ("a | b", "`a \\| b`"),
+        ("echo `x` ``y``", "``` echo `x` ``y`` ```"),
+        ("a\nb", "`a b`"),
+        ("", ""),
+        ("a\\|b", "a\\\\\\|b"),
+    ],
+)
+def test_code_cells_are_code_spans(text, cell):
+    assert markdown(Table("t", ("a",), ((Code(text),),))).splitlines()[2] == f"| {cell} |"
+
+
+@given(st.text(alphabet="a|\\` \n\r\u2028"))
+def test_code_cells_cannot_break_out_either(text):
+    lines = markdown(Table("t", ("a",), ((Code(text),),))).splitlines()
+    assert len(lines) == 3
+    assert re.sub(r"\\.", "", lines[2]).count("|") == 2
 
 
 def test_markdown_escapes():

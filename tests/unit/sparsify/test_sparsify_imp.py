@@ -15,7 +15,7 @@ def weights_of(seed, *shapes):
     return {f"w{i}": torch.randn(*shape, generator=generator) for i, shape in enumerate(shapes)}
 
 
-@given(st.integers(0, 99), st.integers(1, 6), st.floats(0.05, 0.9))
+@given(st.integers(0, 99), st.integers(1, 6), st.floats(0.05, 0.5))
 @settings(max_examples=40, deadline=None)
 def test_density_after_r_rounds_is_the_power_of_what_stays(seed, rounds, rate):
     weights = weights_of(seed, (8, 4, 3, 3), (16, 8, 1, 1), (5, 7, 3, 3))
@@ -79,3 +79,10 @@ def test_only_convolutions_are_prunable_and_patterns_exclude():
         dense_masks(model, exclude=("9.weight",))
     with pytest.raises(ConfigError, match="no convolution is left to prune"):
         dense_masks(nn.Linear(2, 2))
+
+
+def test_a_layer_that_would_lose_its_last_weight_is_named():
+    weights = {"big": torch.ones(8), "small": torch.full((2,), 0.1)}
+    masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
+    with pytest.raises(TicketError, match=r"leaves layer 'small' without a weight[\s\S]*a lower rate or fewer rounds"):
+        prune_lowest(weights, masks, 0.3)

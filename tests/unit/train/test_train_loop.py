@@ -146,3 +146,24 @@ def test_only_the_two_newest_checkpoints_stay(tmp_path):
     found = load_checkpoint(tmp_path)
     assert (found.step, found.values, found.tensors["x"].item()) == (3, {"v": 3}, 3.0)
     assert load_checkpoint(tmp_path / "none") is None
+
+
+def test_random_layers_do_not_depend_on_where_a_training_was_stopped(tmp_path):
+    def run(folder, poll=lambda saved: None):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 3))
+        return fit(model, splits(), CONFIG, Method(), seed=3, checkpoints=folder, poll=poll).last
+
+    whole = run(tmp_path / "a")
+    with pytest.raises(Interrupted):
+        run(tmp_path / "b", StopAfter(4))
+    assert same(run(tmp_path / "b"), whole)
+
+
+def test_a_stop_while_the_loss_is_not_finite_saves_nothing_and_still_stops(tmp_path):
+    model = network()
+    with torch.no_grad():
+        model[0].weight.fill_(float("nan"))
+    with pytest.raises(Interrupted):
+        fit(model, splits(), CONFIG, Method(), seed=0, checkpoints=tmp_path, poll=StopAfter(2))
+    assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ from deploy_sparse.train.run import open_run
 CONFIG = {"seed": 0, "fit": {"epochs": 3}}
 
 
-def opened(folder, *, resume=False, config=CONFIG, recipe="r", console=None):
+def opened(folder, *, resume=False, config=CONFIG, recipe="r", console=None, changeable=()):
     return open_run(
         folder,
         recipe,
@@ -23,6 +23,7 @@ def opened(folder, *, resume=False, config=CONFIG, recipe="r", console=None):
         resume=resume,
         command="deploy-sparse run r --resume",
         console=console or Console(io.StringIO()),
+        changeable=changeable,
     )
 
 
@@ -174,3 +175,53 @@ def test_live_progress_draws_a_bar_and_leaves_one_line():
         progress.advance(2, "validation 60%")
     assert stream.getvalue().endswith("training\n")
     assert "2/2" in stream.getvalue()
+
+
+def test_a_stage_is_saved_before_the_run_stops(tmp_path):
+    polls = []
+
+    def poll(*saved):
+        polls.append(1)
+        if len(polls) == 2:
+            raise Interrupted("stopped", signal_number=15, fix="go on")
+
+    stopping = open_run(
+        tmp_path / "run", "r", CONFIG, resume=False, command="c", console=Console(io.StringIO()), poll=poll
+    )
+    with pytest.raises(Interrupted), stopping as run:
+        run.once("stage", lambda: b"x", save, load)
+    assert load(tmp_path / "run" / "stage") == b"x"
+
+
+def test_leftovers_of_a_killed_process_are_swept_and_do_not_block(tmp_path):
+    (tmp_path / "run" / "engines").mkdir(parents=True)
+    (tmp_path / "run" / ".lock").touch()
+    (tmp_path / "run" / ".tmp-run.json-1-ab").write_text("{")
+    (tmp_path / "run" / "engines" / ".tmp-x-1-cd").mkdir()
+    with opened(tmp_path / "run", resume=True):
+        pass
+    assert not list((tmp_path / "run").rglob(".tmp-*"))
+
+
+def test_a_row_of_metrics_is_logged_once(tmp_path):
+    for resume in (False, True):
+        with opened(tmp_path / "run", resume=resume) as run:
+            run.log({"epoch": 0})
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"epoch": 0}\n'
+
+
+def test_a_table_that_nothing_depends_on_may_change(tmp_path):
+    with opened(tmp_path / "run"):
+        pass
+    changed = {**CONFIG, "deploy": {"batches": [1]}}
+    with opened(tmp_path / "run", resume=True, config=changed, changeable=("deploy",)):
+        pass
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"] == changed
+
+
+def test_a_reader_that_left_does_not_stop_the_work():
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    Console(Closed()).say("news")

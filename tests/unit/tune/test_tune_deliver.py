@@ -9,7 +9,7 @@ from deploy_sparse.errors import ConfigError, Interrupted, MissingDependencyErro
 from deploy_sparse.measure.record import read_records
 from deploy_sparse.measure.table import Table
 from deploy_sparse.ticket import ModelRef, Provenance, Ticket
-from deploy_sparse.tune.deliver import DeployConfig, check, deliver
+from deploy_sparse.tune.deliver import DeployConfig, check_deploy, deliver
 from deploy_sparse.tune.run_report import load_report
 
 
@@ -56,14 +56,15 @@ def test_the_metric_is_computed_with_the_deployed_engine_in_its_batch_range(tmp_
     assert {record.accuracy for record in read_records(tmp_path / "records.jsonl")} == {0.25}
 
 
-def test_a_second_delivery_repeats_nothing_and_gives_the_same_result(tmp_path):
+def test_a_second_delivery_measures_nothing_again_and_gives_the_same_files(tmp_path):
+    def content():
+        return {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
     first, _ = run(tmp_path)
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and not p.name.startswith("report")}
+    before = content()
     second, _ = run(tmp_path, evaluate=lambda predict: pytest.fail("evaluated again"))
     assert second == first
-    assert before == {
-        p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file() and not p.name.startswith("report")
-    }
+    assert content() == before
 
 
 def test_a_missing_library_is_listed_and_the_rest_is_delivered(tmp_path, monkeypatch):
@@ -74,7 +75,8 @@ def test_a_missing_library_is_listed_and_the_rest_is_delivered(tmp_path, monkeyp
 
     monkeypatch.setattr(_trt, "library", missing)
     result, said = run(tmp_path, targets=("cpu", "rtx-sm89"))
-    assert any("rtx-sm89: not built, tensorrt_rtx is not installed" in line for line in said)
+    assert any("warning: rtx-sm89 is not built: tensorrt_rtx is not installed" in line for line in said)
+    assert "pip install" in result["not_built"]["rtx-sm89"]
     assert len(result["timed"]["rows"]) == 4
     assert "Targets not built" in (tmp_path / "report.md").read_text()
 
@@ -95,7 +97,7 @@ def test_extra_tables_and_the_command_are_in_the_report(tmp_path):
     run(tmp_path, tables=(Table("Rounds", ("a",), (("b",),)),), command="deploy-sparse run x --resume")
     report = load_report(tmp_path)
     assert [t.title for t in report.tables] == ["Rounds", "Layers before and after surgery"]
-    assert ("command", "deploy-sparse run x --resume") in report.conditions
+    assert ("command", "deploy-sparse run x") in report.conditions
 
 
 def test_a_stop_between_steps_keeps_the_finished_ones(tmp_path):
@@ -114,8 +116,27 @@ def test_a_stop_between_steps_keeps_the_finished_ones(tmp_path):
     assert (tmp_path / "report.html").exists()
 
 
+def test_nothing_that_can_be_built_is_an_error_before_and_after_training(tmp_path, monkeypatch):
+    def missing(runtime):
+        raise MissingDependencyError("tensorrt_rtx is not installed", expected="it", fix="pip install tensorrt-rtx")
+
+    monkeypatch.setattr(_trt, "library", missing)
+    with pytest.raises(MissingDependencyError, match="pip install tensorrt-rtx"):
+        check_deploy(DeployConfig(targets=("rtx-sm89",)))
+    check_deploy(DeployConfig(targets=("cpu", "rtx-sm89"), batches=(1,)))  # the CPU can
+    with pytest.raises(MissingDependencyError):
+        run(tmp_path, targets=("rtx-sm89",))
+
+
+def test_a_name_given_twice_is_refused():
+    with pytest.raises(ConfigError, match=r"deploy.batches = \[1, 1\][\s\S]*each one once"):
+        check_deploy(DeployConfig(batches=(1, 1)))
+    with pytest.raises(ConfigError, match=r"deploy.targets"):
+        check_deploy(DeployConfig(targets=("cpu", "cpu")))
+
+
 def test_unknown_targets_and_batches_outside_the_range_are_refused_early():
     with pytest.raises(ConfigError, match="unknown target 'cpuu'"):
-        check(DeployConfig(targets=("cpuu",)))
+        check_deploy(DeployConfig(targets=("cpuu",)))
     with pytest.raises(ConfigError, match=r"deploy.batches holds 0[\s\S]*batches from 1"):
-        check(DeployConfig(batches=(0,)))
+        check_deploy(DeployConfig(batches=(0,)))
