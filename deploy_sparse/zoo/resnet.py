@@ -42,6 +42,8 @@ class ResNet(nn.Module):
         super().__init__()
         if len(blocks) != len(widths):
             raise ValueError(f"{len(blocks)} stages of blocks but {len(widths)} widths")
+        if not widths or min(*blocks, *widths, in_channels, classes) < 1:
+            raise ValueError("blocks, widths, in_channels and classes must be 1 or more")
         self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         stages = []

@@ -29,6 +29,8 @@ class VGG(nn.Module):
         flatten: int = 0,
     ) -> None:
         super().__init__()
+        if min(in_channels, classes, *(item for item in layout if isinstance(item, int))) < 1:
+            raise ValueError("channel counts must be 1 or more")
         layers: list[nn.Module] = []
         width = in_channels
         for item in layout:

@@ -110,9 +110,74 @@ def test_cp_copies_once_and_never_overwrites(capsys, tmp_path, monkeypatch):
     assert run(capsys, "cat", "./mine.py", "--config", "resnet_digits.toml")[0] == 0  # the copy works as it is
 
 
+def test_options_may_stand_before_positional_words(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "cp", "imp_refill", "--config", "resnet_digits", "mine.toml")[0] == 0
+    assert (tmp_path / "mine.toml").exists()
+
+
+@pytest.mark.parametrize("text", ["def f(:", "import not_there", "x = 1", "RecipeConfig = main = undefined"])
+def test_a_broken_recipe_is_the_users_error(capsys, tmp_path, text):
+    recipe = tmp_path / "broken.py"
+    recipe.write_text(text)
+    code, _, err = run(capsys, "run", str(recipe))
+    assert code == 2
+    assert "broken.py" in err
+    assert "defect" not in err
+
+
+def test_a_run_keeps_its_own_report(capsys, small_run, tmp_path):
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(small_run[0], folder)
+    before = (folder / "report.json").read_bytes()
+    code, _, err = run(capsys, "report", str(folder / "records.jsonl"))
+    assert code == 2
+    assert "holds a run with a report of its own" in err
+    assert run(capsys, "report", str(folder / "records.jsonl"), "--out", str(tmp_path / "elsewhere"))[0] == 0
+    assert (folder / "report.json").read_bytes() == before
+    (folder / "report.json").write_bytes(before.replace(b"Rounds", b"Sounds"))
+    code, _, err = run(capsys, "report", str(folder))
+    assert code == 2
+    assert "report.json is damaged" in err
+
+
+def test_profile_writes_into_records_only_and_shows_what_it_measured(capsys, small_run, tmp_path):
+    engines = [f"{name}={small_run[0]}/engines/{name}-cpu-*" for name in ("dense", "ticket")]
+    precious = tmp_path / "precious.json"
+    precious.write_text("{}")
+    code, out, err = run(capsys, "profile", *engines, "--seconds", "0.05", "--out", str(precious))
+    assert (code, out, precious.read_text()) == (2, "", "{}")
+    assert "is no file of records" in err
+    assert run(capsys, "profile", *engines, "--seconds", "0.05")[0] == 0
+    code, _, err = run(capsys, "profile", f"a={small_run[0]}/engines/*")
+    assert code == 2
+    assert "expected: one engine" in err
+
+
+def test_what_a_run_holds_is_pointed_at(capsys, small_run, tmp_path):
+    for words in (["build", str(small_run[0])], ["build", str(next((small_run[0] / "engines").glob("dense-cpu-*")))]):
+        code, _, err = run(capsys, *words, "--out", str(tmp_path))
+        assert code == 2
+        assert "name what is in it, for example" in err
+    for name in ("run.json", "metrics.jsonl"):
+        assert small_run[1]["ticket"] in run(capsys, "show", str(small_run[0] / name))[1]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["build"], r"the following arguments are required: subject.*deploy-sparse build.*see deploy-sparse build --help"),
+        (["ls", "--wrong"], r"unrecognized arguments: --wrong"),
+        (["run", "--fit.epochs", "3", "imp_refill"], r"--fit.epochs stands before the recipe"),
+        (["run", "imp_refill", "--seed", "99999999999999"], r"seed = '99999999999999'.*less than"),
+        (["run", "imp_refill", "--deploy.batches", "[1, 1]"], r"deploy.batches = \[1, 1\].*each one once"),
+        (["run", "imp_refill", "--deploy.targets", "cpu"], r"deploy.targets = 'cpu'.*a list.*'\[\"cpu\"\]'"),
+        (["run", "imp_refill", "--deploy.targets", '["tensorrt"]'], r"(tensorrt|TensorRT).*not installed|no NVIDIA GPU"),
+        (["run", "imp_refill", "--fit.batch_size", "5000"], r"fit.batch_size = 5000 with 1167 training images"),
+        (["run", "imp_refill", "--imp.exclude", '["nothing"]'], r"'nothing' matches no convolution"),
+        (["run", "imp_refill", "--model.arguments", "{widths = [0, 8, 8]}"], r"cannot be built with"),
         (["run", "imp_refil"], r"unknown recipe 'imp_refil'.*did you mean 'imp_refill'\?"),
         (["run", "./none.py"], r"recipe file ./none.py does not exist"),
         (["run", "imp_refill", "--config", "resnet_digit"], r"unknown config 'resnet_digit'.*did you mean 'resnet_digits'\?"),

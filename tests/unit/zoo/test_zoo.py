@@ -28,5 +28,11 @@ def test_bad_names_and_arguments_are_refused():
         zoo.build("resnet_digit")
     with pytest.raises(ConfigError, match=r"cannot be built with \{'depth': 3\}"):
         zoo.build("resnet_digits", depth=3)
+    with pytest.raises(ConfigError, match="must be 1 or more"):
+        zoo.build("resnet_digits", widths=(8, 0, 8))
+    with pytest.raises(ConfigError, match="channel counts must be 1 or more"):
+        zoo.build("vgg_digits", layout=(8, -1))
+    with pytest.raises(ConfigError, match="layout item 'A'"):
+        zoo.build("vgg_digits", layout=(8, "A"))
     with pytest.raises(ConfigError, match="3 stages of blocks but 2 widths"):
         zoo.build("resnet_digits", widths=(8, 8))
