@@ -61,6 +61,19 @@ class Read:
     no_fold: str = ""
 
 
+@dataclass(frozen=True)
+class Leak:
+    """Why a channel stays although a layer writes nothing but a constant into it.
+
+    Attributes:
+        cause: completes "constant 0.3 …"; equal for all channels of one reader and one reason.
+        constant: the value, NaN where there is no single one.
+    """
+
+    cause: str
+    constant: float
+
+
 @dataclass
 class Ledger:
     """Filled in while the graph is walked once."""
@@ -72,6 +85,8 @@ class Ledger:
     atoms: Atoms = field(default_factory=Atoms)
     axes: dict[tuple[str, int], Axis] = field(default_factory=dict)
     reads: list[Read] = field(default_factory=list)
+    written: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # rows, which of them are constant
+    lost: dict[int, Leak] = field(default_factory=dict)  # by channel: where its constant first became unknown
     unknown: list[str] = field(default_factory=list)
     reshaped_state: dict[str, str] = field(default_factory=dict)
 
@@ -112,6 +127,14 @@ class Ledger:
     def pin(self, value: Value, why: str) -> None:
         """Make every channel of ``value`` stay."""
         self.atoms.pin(value.atoms, why)
+
+    def lose(self, atoms: torch.Tensor, before: torch.Tensor, after: torch.Tensor, cause: str) -> None:
+        """Note why channels whose constant was known ``before`` have none ``after``; all three broadcastable."""
+        small = [lean(before), lean(after), lean(atoms)]
+        before, after, atoms = torch.broadcast_tensors(*small)  # type: ignore[no-untyped-call]
+        gone = ~before.isnan() & after.isnan() & (atoms >= 0)
+        for atom, constant in zip(atoms[gone].tolist(), before[gone].tolist(), strict=True):
+            self.lost.setdefault(atom, Leak(cause, constant))
 
     def _state_value(self, node: Node) -> Value:
         name = self.name(node)

@@ -1,4 +1,4 @@
-"""Rules for operations without weights: elementwise, shape, pooling, reduction.
+"""Rules for operations without weights: shape, pooling, reduction; elementwise ones are in ``_pointwise``.
 
 A rule first pins the channels the operation would not survive losing, then applies the operation to atoms and
 constants alike.
@@ -6,7 +6,7 @@ constants alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node, map_arg
 
 from ._axes import Ledger
+from ._pointwise import POINTWISE_TOO, pointwise
 from ._values import Value, compressed, even, lean, unknown_constant, untracked, varying
 from .trace import arguments, operation, place
 
@@ -23,12 +24,11 @@ IDENTITY = frozenset({"clone", "contiguous", "detach", "alias", "lift_fresh_copy
 DROPOUT = frozenset({"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"})
 RESHAPE = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "expand", "expand_as", "view_as"})
 PICK = frozenset({"slice", "select", "split", "split_with_sizes", "unbind", "narrow", "tensor_split"})
-MOVE = frozenset({"permute", "transpose", "t", "squeeze", "unsqueeze", "movedim", "swapaxes"})
+MOVE = frozenset({"permute", "transpose", "t", "unsqueeze", "movedim", "swapaxes"})
 JOIN = frozenset({"cat", "concat", "stack"})
 REDUCE = frozenset({"mean", "sum", "amax", "amin"})
 POOL_KEEPS = frozenset(f"{kind}pool{n}d" for kind in ("max_", "adaptive_avg_", "adaptive_max_") for n in (1, 2, 3))
 POOL_AVERAGE = frozenset(f"avg_pool{n}d" for n in (1, 2, 3))
-_POINTWISE_TOO = frozenset({"hardswish", "log_sigmoid", "rsub", "multiply", "true_divide", "subtract"})  # lack the tag
 
 
 def rule_for(node: Node) -> Callable[[Ledger, Node], Result] | None:
@@ -46,6 +46,8 @@ def rule_for(node: Node) -> Callable[[Ledger, Node], Result] | None:
         return reshape
     if name in PICK:
         return pick
+    if name == "squeeze":
+        return squeeze
     if name in MOVE:
         return same_operation
     if name in JOIN:
@@ -56,7 +58,7 @@ def rule_for(node: Node) -> Callable[[Ledger, Node], Result] | None:
         return pool
     tags = getattr(target, "tags", ())
     pointwise_tag = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
-    return pointwise if pointwise_tag or name in _POINTWISE_TOO else None
+    return pointwise if pointwise_tag or name in POINTWISE_TOO else None
 
 
 def identity(ledger: Ledger, node: Node) -> Value:
@@ -64,42 +66,18 @@ def identity(ledger: Ledger, node: Node) -> Value:
     value = ledger.value(node.args[0])  # type: ignore[arg-type]
     if node.meta["val"].is_floating_point():
         return value
-    return Value(value.atoms, unknown_constant(value.shape), value.producer, value.why)
+    unknown = unknown_constant(value.shape)
+    ledger.lose(value.atoms, value.constant, unknown, f"would be cast to integers by {place(node)}")
+    return Value(value.atoms, unknown, value.producer, value.why)
 
 
-def pointwise(ledger: Ledger, node: Node) -> Value:
-    """Elementwise operations. Operands that hold channels side by side are joined; 0 times anything is 0."""
-    shape = node.meta["val"].shape
-    operands = [ledger.value(n) for n in node.all_input_nodes]
-    whole = [v.atoms.expand(shape) for v in operands]
-    axes = {d for atoms in whole for d in varying(atoms)}
-    joined: list[tuple[Value, torch.Tensor]] = []
-    for value, atoms in zip(operands, whole, strict=True):
-        if len(value.shape) == 0 or (value.atoms.numel() == 1 and not value.tracked):
-            continue
-        if any(_is_broadcast(value, d, shape) for d in axes):
-            ledger.pin(value, f"one value serves many channels at {place(node)}")
-        else:
-            joined.append((value, atoms))
-    constant = _pointwise_constant(ledger, node, operands, shape)
-    tracked = [(v, a) for v, a in joined if v.tracked]
-    if not tracked:
-        why = next((v.why for v in operands if v.why), "values without channels")
-        return untracked(shape, why, constant)
-    atoms = tracked[0][1]
-    for value, other in joined:
-        ledger.atoms.unify(atoms, other, f"channels meet {value.why or _whys(joined)} at {place(node)}")
-        small = torch.where(lean(atoms) < 0, lean(other), lean(atoms))
-        atoms = compressed(small.expand(shape))
-    feeders = {v.producer for v, _ in joined if not v.state}
-    producer = feeders.pop() if len(feeders) == 1 else None
-    return Value(atoms, constant, producer, next((v.why for v, _ in joined if v.why), ""))
+def same_operation(ledger: Ledger, node: Node, constant: torch.Tensor | None = None) -> Result:
+    """Shape operations: what the network does to its data is done to atoms and constants.
 
-
-def same_operation(ledger: Ledger, node: Node) -> Result:
-    """Shape operations: what the network does to its data is done to atoms and constants."""
+    ``constant`` takes the place of the one input's own.
+    """
     inputs = [ledger.value(n) for n in node.all_input_nodes]
-    atoms, constants = _run(ledger, node, "atoms"), _run(ledger, node, "constant")
+    atoms, constants = _run(ledger, node, "atoms"), _run(ledger, node, "constant", constant)
     why = next((v.why for v in inputs if v.why), "")
     producers = {v.producer for v in inputs}
     producer = producers.pop() if len(producers) == 1 else None
@@ -121,11 +99,21 @@ def reshape(ledger: Ledger, node: Node) -> Result:
     return result
 
 
+def squeeze(ledger: Ledger, node: Node) -> Result:
+    """With ``ledger.fixed_sizes`` no channel goes: an axis narrowed to one channel would vanish as well."""
+    value, dims = ledger.value(node.args[0]), arguments(node).get("dim")  # type: ignore[arg-type]
+    rank = len(value.shape)
+    touched = {d % rank for d in ([dims] if isinstance(dims, int) else dims)} if dims is not None else set(range(rank))
+    if ledger.fixed_sizes and touched & set(varying(value.atoms)):
+        ledger.pin(value, f"an axis of one channel would vanish in {place(node)}")
+    return same_operation(ledger, node)
+
+
 def pick(ledger: Ledger, node: Node) -> Result:
     """Slices at positions that are written into the code: they would pick others if channels were missing."""
     given = arguments(node)
     value = ledger.value(given["self"])
-    result = same_operation(ledger, node)
+    result = _picked(ledger, node, value, given["dim"])
     whole = isinstance(result, Value) and result.shape == value.shape
     if given["dim"] % len(value.shape) in varying(value.atoms) and not whole:
         ledger.pin(value, f"channels are picked at fixed positions by {place(node)}")
@@ -143,7 +131,7 @@ def chunk(ledger: Ledger, node: Node) -> Result:
         else:
             for part in parts[1:]:
                 ledger.atoms.unify(parts[0], part, f"channels meet {value.why} at {place(node)}")
-    return same_operation(ledger, node)
+    return _picked(ledger, node, value, dim)
 
 
 def join(ledger: Ledger, node: Node) -> Value:
@@ -177,13 +165,19 @@ def pad(ledger: Ledger, node: Node) -> Result:
     constant = value.constant
     if given["mode"] == "constant":
         constant = compressed(torch.nn.functional.pad(constant, amounts, value=given["value"] or 0.0))
-    else:
-        constant = even(constant, touched).expand(shape)  # reflected or repeated values are the same constant
+    # Reflected or repeated values are the same constant; how far a border of other values reaches depends on the size.
+    constant = even(constant, touched)
+    ledger.lose(value.atoms, even(value.constant, touched), constant, f"would meet the padding of {place(node)}")
+    constant = constant.expand(shape)
     return Value(lean(value.atoms).expand(shape), constant, value.producer, value.why)
 
 
 def reduce(ledger: Ledger, node: Node) -> Result:
-    """Mean, sum and extremes over axes other than the channels'."""
+    """Mean, sum and extremes over axes other than the channels'.
+
+    A constant stays where it is the same over all reduced positions; their number changes with the input's size, so a
+    sum keeps zero only.
+    """
     given = arguments(node)
     value = ledger.value(given["self"])
     dims = given.get("dim")
@@ -194,10 +188,14 @@ def reduce(ledger: Ledger, node: Node) -> Result:
     if over & set(varying(value.atoms)):
         ledger.pin(value, why := f"channels are mixed by {place(node)}")
         return untracked(shape, why)
-    ordered, keep = sorted(over), bool(given.get("keepdim", False))
-    atoms = value.atoms.amin(dim=ordered, keepdim=keep)
-    constant = operation(node)[1](value.constant, *node.args[1:], **_without_dtype(node))
-    return Value(compressed(atoms), compressed(constant), value.producer, value.why)
+    ordered = sorted(over)
+    atoms, constant = value.atoms.amin(dim=ordered, keepdim=True), even(value.constant, ordered)
+    if operation(node)[0] == "sum":
+        constant = torch.where(constant == 0, constant, torch.nan)
+    ledger.lose(value.atoms, value.constant, constant, f"would depend on the number of positions in {place(node)}")
+    return Value(
+        compressed(atoms.reshape(shape)), compressed(constant.reshape(shape)), value.producer, value.why
+    )  # the reduced axes, of size 1 by now, go or stay as ``shape`` says
 
 
 def pool(ledger: Ledger, node: Node) -> Result:
@@ -214,6 +212,7 @@ def pool(ledger: Ledger, node: Node) -> Result:
         padded = any(padding) if isinstance(padding, list | tuple) else bool(padding)
         if (padded and given["count_include_pad"]) or given.get("divisor_override"):
             constant = torch.where(constant == 0, constant, torch.nan)
+    ledger.lose(value.atoms, value.constant, constant, f"would meet the zero padding of {place(node)}")
     outputs = node.meta["val"]
     single = not isinstance(outputs, list | tuple)
     shape = outputs.shape if single else outputs[0].shape
@@ -224,11 +223,23 @@ def pool(ledger: Ledger, node: Node) -> Result:
     return result if single else (result, untracked(shape, f"positions from {place(node)}"))
 
 
-def _run(ledger: Ledger, node: Node, what: str) -> Any:
+def _picked(ledger: Ledger, node: Node, value: Value, dim: int) -> Result:
+    """Part of ``value`` along ``dim``. Which part may depend on the size, so a constant must not change along it."""
+    dim = dim % len(value.shape)
+    if value.state or dim in varying(value.atoms):
+        return same_operation(ledger, node)
+    settled = even(value.constant, [dim])
+    ledger.lose(value.atoms, value.constant, settled, f"would depend on the position picked by {place(node)}")
+    return same_operation(ledger, node, compressed(settled.expand(value.shape)))
+
+
+def _run(ledger: Ledger, node: Node, what: str, instead: torch.Tensor | None = None) -> Any:
+    def held(source: Node) -> Any:
+        return getattr(ledger.value(source), what) if instead is None else instead
+
     name, target = operation(node)
     function = torch.ops.aten.reshape.default if name in ("view", "_unsafe_view") else target
-    args = map_arg(node.args, lambda n: getattr(ledger.value(n), what))
-    return function(*args, **map_arg(node.kwargs, lambda n: getattr(ledger.value(n), what)))
+    return function(*map_arg(node.args, held), **map_arg(node.kwargs, held))
 
 
 def _placed(ledger: Ledger, node: Node, value: Value) -> Value:
@@ -236,34 +247,3 @@ def _placed(ledger: Ledger, node: Node, value: Value) -> Value:
     if len(varying(value.atoms)) > 1:
         ledger.pin(value, f"channels are spread over several axes by {place(node)}")
     return value
-
-
-def _pointwise_constant(ledger: Ledger, node: Node, operands: Sequence[Value], shape: torch.Size) -> torch.Tensor:
-    nodes = node.all_input_nodes
-    floats = node.meta["val"].is_floating_point() and all(n.meta["val"].is_floating_point() for n in nodes)
-    if not floats:
-        return unknown_constant(shape)
-    known = {n: lean(v.constant) for n, v in zip(nodes, operands, strict=True)}
-    args, kwargs = map_arg((node.args, node.kwargs), lambda n: known[n].nan_to_num())
-    name, function = operation(node)
-    result = function(*args, **{k: v for k, v in kwargs.items() if k != "memory_format"})
-    hidden = torch.zeros((), dtype=torch.bool)
-    for constant in known.values():
-        hidden = hidden | constant.isnan()
-    if name in ("mul", "multiply"):
-        for constant in known.values():
-            hidden = hidden & (constant != 0)
-    return compressed(torch.where(hidden, torch.nan, result).expand(shape))
-
-
-def _is_broadcast(value: Value, dim: int, shape: torch.Size) -> bool:
-    own = dim - (len(shape) - len(value.shape))
-    return own < 0 or (value.shape[own] == 1 and shape[dim] > 1)
-
-
-def _without_dtype(node: Node) -> dict[str, Any]:
-    return {k: v for k, v in node.kwargs.items() if k != "dtype"}
-
-
-def _whys(joined: Sequence[tuple[Value, torch.Tensor]]) -> str:
-    return next((v.why for v, _ in joined if v.why), "values without channels")

@@ -75,13 +75,15 @@ def batch_norm(ledger: Ledger, node: Node) -> Value:
     shift = torch.zeros(count, dtype=torch.float64) if bias is None else ledger.tensor(bias)
     if given["training"] or given["running_mean"] is None:
         # Batch statistics remove any constant: what is left is the shift.
-        normalized = torch.where(value.constant.isnan(), torch.nan, 0.0)
+        settled = even(value.constant, [d for d in range(len(value.shape)) if d != 1])
+        normalized = torch.where(settled.isnan(), torch.nan, 0.0)
     else:
         mean, var = ledger.tensor(given["running_mean"]), ledger.tensor(given["running_var"])
         centred = lean(value.constant) - along(mean, 1, value.shape)
         normalized = centred * along((var + given["eps"]).rsqrt(), 1, value.shape)
     scale, shift = along(scale, 1, value.shape), along(shift, 1, value.shape)
     constant = torch.where(scale == 0, shift, normalized * scale + shift)
+    ledger.lose(value.atoms, value.constant, constant, f"would differ from place to place in {place(node)}")
     return Value(value.atoms, compressed(constant), value.producer, value.why)
 
 
@@ -119,6 +121,7 @@ def _mix(ledger: Ledger, node: Node, value: Value, dim: int, *, padded: bool) ->
     shift = taps[:, carried].to(torch.float64).sum(dim=2) @ constant[carried]  # [rows]
     shift = _plus_bias(ledger, given, shift)
     result = torch.where((used & hidden).any(dim=1), torch.nan, shift)
+    ledger.written.append((rows, ~result.isnan()))
     shape = node.meta["val"].shape
     return Value(along(rows, dim, shape), compressed(along(result, dim, shape)), name)
 
@@ -138,8 +141,14 @@ def _depthwise(ledger: Ledger, node: Node, value: Value, *, padded: bool) -> Val
     hidden = constant.isnan() | (constant != 0) if padded else constant.isnan()
     shift = _plus_bias(ledger, given, filters.sum(dim=1) * torch.where(hidden, 0.0, constant))
     result = torch.where((filters != 0).any(dim=1) & hidden, torch.nan, shift)
+    ledger.lose(rows, constant, result, leaks_through(layer_name(node)))
     shape = node.meta["val"].shape
     return Value(along(rows, 1, shape), compressed(along(result, 1, shape)), value.producer, value.why)
+
+
+def leaks_through(layer: str) -> str:
+    """The cause that a constant cannot pass a layer which pads with zeros."""
+    return f"would leak through the zero padding of layer {layer!r}"
 
 
 def _enter_rows(ledger: Ledger, node: Node) -> torch.Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+import math
+from collections.abc import Iterable, Mapping, Set
 
-from ._axes import Ledger
+from ._axes import Leak, Ledger
 from .graph import groups_of, memberships
 from .liveness import liveness
 from .parts import Cut, Fold, GroupPlan, Stay
@@ -36,11 +37,7 @@ def choose(ledger: Ledger, multiple: int) -> tuple[tuple[GroupPlan, ...], Set[in
         if group.pinned is not None:
             stays.append(Stay("pinned", tuple(range(group.size)), group.pinned))
         else:
-            leaks: dict[str, list[int]] = {}
-            for channel, root in enumerate(roots):
-                if root in state.leaks:
-                    leaks.setdefault(state.leaks[root], []).append(channel)
-            stays += [Stay("leak", tuple(channels), why) for why, channels in leaks.items()]
+            stays += _leaks({channel: state.leaks[root] for channel, root in enumerate(roots) if root in state.leaks})
         filled = tuple(channel for channel, root in enumerate(roots) if root in aligned)
         only = tuple(channel for channel, root in enumerate(roots) if root in last)
         stays += [Stay("aligned", filled, f"the kept width is a multiple of {multiple}")] if filled else []
@@ -63,3 +60,17 @@ def cuts_of(ledger: Ledger, removed: Set[int], folds: Iterable[Fold]) -> tuple[C
         if entry.created and rows is not None:
             cuts[entry.bias, 0] = Cut(entry.bias, 0, rows.size, rows.kept)
     return tuple(cuts.values())
+
+
+def _leaks(leaks: Mapping[int, Leak]) -> list[Stay]:
+    """One entry for each cause, with the range of its channels' constants."""
+    channels: dict[str, list[int]] = {}
+    for channel, leak in leaks.items():
+        channels.setdefault(leak.cause, []).append(channel)
+    stays = []
+    for cause, found in channels.items():
+        known = [c for c in (leaks[channel].constant for channel in found) if not math.isnan(c)]
+        ends = list(dict.fromkeys(f"{end:.3g}" for end in (min(known), max(known)))) if known else []
+        subject = f"constant{'s' if len(ends) > 1 else ''} {' to '.join(ends)}" if ends else "its constant"
+        stays.append(Stay("leak", tuple(found), f"{subject} {cause}"))
+    return stays

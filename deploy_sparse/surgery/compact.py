@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -98,21 +99,52 @@ def load_compact(folder: str | Path, factory: Callable[[], nn.Module]) -> nn.Mod
 
 
 def _dense(factory: Callable[[], nn.Module]) -> nn.Module:
+    _refuse_no_factory(factory)
     with torch.random.fork_rng(devices=[]):  # random initialisation must not disturb the caller's random numbers
-        return factory()
+        return _module(factory())
 
 
 def _skeleton(factory: Callable[[], nn.Module]) -> nn.Module:
     """The architecture without memory for its weights, where every tensor it has comes from the state dict."""
+    _refuse_no_factory(factory)
     try:
         with torch.device("meta"):
-            module = factory()
+            module = _module(factory())
     except (RuntimeError, NotImplementedError, TypeError):
         return _dense(factory)  # a constructor that computes with numbers out of tensors needs real ones
     stored = set(module.state_dict())
     tensors = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     plain = any(isinstance(value, torch.Tensor) for part in module.modules() for value in vars(part).values())
     return module if tensors <= stored and not plain else _dense(factory)
+
+
+def _refuse_no_factory(factory: object) -> None:
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise _no_factory(f"{'an instance of ' if isinstance(factory, nn.Module) else ''}{_kind(factory)}")
+    try:
+        inspect.signature(factory).bind()
+    except TypeError:
+        raise _no_factory(f"{factory!r}, which needs arguments") from None
+    except ValueError:
+        return  # written in C, without a signature to look at
+
+
+def _module(made: object) -> nn.Module:
+    if not isinstance(made, nn.Module):
+        raise _no_factory(f"one that returns {_kind(made)}")
+    return made
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else type(value).__name__
+
+
+def _no_factory(given: str) -> SurgeryError:
+    return SurgeryError(
+        f"factory must be a function without arguments that returns the dense nn.Module; got {given}",
+        expected="a class or function whose call makes a new network each time",
+        fix="pass the function itself, for example factory=lambda: MyNet(width=16)",
+    )
 
 
 def _default_inputs(ticket: Ticket) -> torch.Tensor:

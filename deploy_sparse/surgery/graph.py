@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +13,13 @@ from torch.fx import Node
 from ..structure import ChannelGroup, Producer, Slice
 from . import _flow_rules, _layer_rules
 from ._axes import Axis, Ledger
-from ._values import Value, untracked
-from .trace import overwritten, place, trace
+from ._values import Value, compressed, untracked
+from .trace import operation, overwritten, place, trace
 
 Inputs = torch.Tensor | tuple[Any, ...]
+Doubts = Mapping[int, tuple[str, tuple[torch.Tensor, ...]]]
+NETWORK_OUTPUT = "network output"
+"""Why the channels of a classifier's last layer stay; the one reason that every network has."""
 
 
 def channel_groups(module: torch.nn.Module, example_inputs: Inputs) -> tuple[ChannelGroup, ...]:
@@ -30,13 +35,16 @@ def channel_groups(module: torch.nn.Module, example_inputs: Inputs) -> tuple[Cha
     return groups_of(analyse(module, example_inputs))
 
 
-def analyse(module: torch.nn.Module, example_inputs: Inputs, *, fixed_sizes: bool = False) -> Ledger:
+def analyse(
+    module: torch.nn.Module, example_inputs: Inputs, *, fixed_sizes: bool = False, doubts: Doubts | None = None
+) -> Ledger:
     """Walk the traced graph once and return what was learnt about channels and constants.
 
     Args:
         module: the network with the weights whose constants matter.
         example_inputs: as in :func:`channel_groups`.
         fixed_sizes: take every size written into a reshape as fixed, and pin the channels it counts.
+        doubts: constants not to rely on, by position of the operation: the cause and a mask for each output.
     """
     traced = trace(module, as_tuple(example_inputs))
     ledger = Ledger(traced, module, fixed_sizes)
@@ -44,11 +52,13 @@ def analyse(module: torch.nn.Module, example_inputs: Inputs, *, fixed_sizes: boo
     for position, node in enumerate(traced.nodes):
         if node.op == "call_function":
             ledger.values[node] = _apply(ledger, node)
+            if doubts and position in doubts:
+                _doubt(ledger, node, *doubts[position])
             _overwrite(ledger, node, position, last_use)
         elif node.op == "output":
             for source in node.all_input_nodes:
-                for value in _tensors(ledger, source):
-                    ledger.pin(value, "network output")
+                for value in held(ledger, source):
+                    ledger.pin(value, NETWORK_OUTPUT)
     for name, why in ledger.reshaped_state.items():
         for axis in [a for a in ledger.axes.values() if a.name == name]:
             ledger.atoms.pin(axis.atoms, why)
@@ -133,6 +143,8 @@ def _apply(ledger: Ledger, node: Node) -> Value | tuple[Value, ...]:
         source, index = node.args
         found = ledger.values[source]  # type: ignore[index]
         return found[index] if isinstance(found, tuple) else found  # type: ignore[index]
+    if operation(node)[0] == "_assert_tensor_metadata":
+        return untracked((), "")  # what export leaves of a cast: it computes nothing
     layer = _layer_rules.rule_for(node)
     if layer is not None:
         problem = _layer_rules.unsupported(ledger, node)
@@ -141,12 +153,21 @@ def _apply(ledger: Ledger, node: Node) -> Value | tuple[Value, ...]:
     return flow(ledger, node) if flow is not None else _give_up(ledger, node, f"unknown operation {place(node)}")
 
 
+def _doubt(ledger: Ledger, node: Node, cause: str, masks: tuple[torch.Tensor, ...]) -> None:
+    doubted = []
+    for value, mask in zip(held(ledger, node), masks, strict=True):
+        constant = compressed(torch.where(mask, torch.nan, value.constant))
+        ledger.lose(value.atoms, value.constant, constant, cause)
+        doubted.append(replace(value, constant=constant))
+    ledger.values[node] = tuple(doubted) if isinstance(ledger.values[node], tuple) else doubted[0]
+
+
 def _give_up(ledger: Ledger, node: Node, why: str) -> Value | tuple[Value, ...]:
     """Nothing is known about this operation: what reaches it stays, what it gives belongs to no channel."""
     if why not in ledger.unknown:
         ledger.unknown.append(why)
     for source in node.all_input_nodes:
-        for value in _tensors(ledger, source):
+        for value in held(ledger, source):
             ledger.pin(value, why)
     outputs = node.meta.get("val")
     if isinstance(outputs, list | tuple):
@@ -154,7 +175,8 @@ def _give_up(ledger: Ledger, node: Node, why: str) -> Value | tuple[Value, ...]:
     return untracked(outputs.shape if isinstance(outputs, torch.Tensor) else (), why)
 
 
-def _tensors(ledger: Ledger, node: Node) -> tuple[Value, ...]:
+def held(ledger: Ledger, node: Node) -> tuple[Value, ...]:
+    """The tensors a node gives, none for nodes without."""
     known = ledger.values.get(node)
     if isinstance(known, tuple):
         return known
@@ -180,7 +202,7 @@ def _overwrite(ledger: Ledger, node: Node, position: int, last_use: dict[Node, i
 
 
 def _give_up_view(ledger: Ledger, node: Node, why: str) -> None:
-    values = _tensors(ledger, node)
+    values = held(ledger, node)
     for value in values:
         ledger.pin(value, why)
     changed = tuple(untracked(value.shape, why) for value in values)

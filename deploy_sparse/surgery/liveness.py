@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ._axes import Ledger, Read
+from ._axes import Leak, Ledger, Read
+from ._layer_rules import leaks_through
 from .parts import Fold
 
 
@@ -21,27 +22,29 @@ class Liveness:
 
     Attributes:
         needed: some layer reads values that depend on the input.
-        leaks: nobody needs it, yet it cannot go: the reason.
+        leaks: a layer writes nothing but a constant into it, yet it cannot go: the reason.
     """
 
     needed: Set[int]
-    leaks: Mapping[int, str]
+    leaks: Mapping[int, Leak]
 
 
 def liveness(ledger: Ledger) -> Liveness:
     """Judge every channel by all the layers that read it."""
-    needed: set[int] = set()
-    leaks: dict[int, str] = {}
+    needed: dict[int, str] = {}  # the layer that reads it first
+    leaks: dict[int, Leak] = {}
     for read in ledger.reads:
         roots = ledger.atoms.roots(read.atoms)  # [columns]
         used = (roots >= 0) & ~read.ignored
         constant = ~read.constant.isnan()
-        needed.update(roots[used & ~constant & ~read.uneven].tolist())
+        for root in roots[used & ~constant & ~read.uneven].tolist():
+            needed.setdefault(root, read.layer)
         for column in (used & (read.uneven | (constant & (read.constant != 0)))).nonzero().flatten().tolist():
-            why = _leak(read, column)
-            if why:
-                leaks.setdefault(int(roots[column]), why)
-    return Liveness(needed, {root: why for root, why in leaks.items() if root not in needed})
+            leak = _leak(read, column)
+            if leak is not None:
+                leaks.setdefault(int(roots[column]), leak)
+    leaks = {root: leak for root, leak in leaks.items() if root not in needed}
+    return Liveness(needed.keys(), leaks | _lost(ledger, needed))
 
 
 def fold(ledger: Ledger, removed: Set[int]) -> dict[Fold, torch.Tensor]:
@@ -60,12 +63,30 @@ def fold(ledger: Ledger, removed: Set[int]) -> dict[Fold, torch.Tensor]:
     return folds
 
 
-def _leak(read: Read, column: int) -> str:
+def _lost(ledger: Ledger, needed: Mapping[int, str]) -> dict[int, Leak]:
+    """Needed channels into which some layer writes a constant that turns into something unknown on its way."""
+    constant: dict[int, list[bool]] = {}  # one entry for each row that writes the channel
+    for rows, known in ledger.written:
+        for root, is_known in zip(ledger.atoms.roots(rows).tolist(), known.tolist(), strict=True):
+            constant.setdefault(root, []).append(is_known)
+    reasons: dict[int, Leak] = {}
+    for atom, leak in ledger.lost.items():
+        reasons.setdefault(ledger.atoms.find(atom), leak)
+    lost: dict[int, Leak] = {}
+    for root, layer in needed.items():
+        if root in reasons and any(constant.get(root, ())):
+            lost[root] = reasons[root]
+        elif all(constant.get(root, (False,))):
+            lost[root] = Leak(f"is no longer known before layer {layer!r}", torch.nan)
+    return lost
+
+
+def _leak(read: Read, column: int) -> Leak | None:
     constant = float(read.constant[column])
     if bool(read.uneven[column]):
-        return f"its constant changes from place to place before layer {read.layer!r}"
+        return Leak(f"changes from place to place before layer {read.layer!r}", torch.nan)
     if read.padded:
-        return f"constant {constant:.3g} would leak through the zero padding of layer {read.layer!r}"
+        return Leak(leaks_through(read.layer), constant)
     if read.bias is None:
-        return f"constant {constant:.3g} cannot be folded into layer {read.layer!r}: {read.no_fold}"
-    return ""
+        return Leak(f"cannot be folded into layer {read.layer!r}: {read.no_fold}", constant)
+    return None

@@ -16,9 +16,10 @@ from torch import nn
 from .. import artifact
 from ..errors import SurgeryError
 from ..ticket import ModelRef, Ticket
+from ._sizes import analyse_at_any_size
 from .choose import choose, cuts_of
 from .cost import Cost, cost_of
-from .graph import Inputs, analyse, as_tuple
+from .graph import NETWORK_OUTPUT, Inputs, as_tuple
 from .liveness import fold
 from .narrow import narrow_
 from .parts import Cut, Fold, GroupPlan, Layer
@@ -112,6 +113,7 @@ class SurgeryPlan:
             lines += [
                 f"{group.name}: {len(stay.channels)} of {group.size} channels stay ({stay.kind}): {stay.reason}"
                 for stay in group.stays
+                if (stay.kind, stay.reason) != ("pinned", NETWORK_OUTPUT)  # true of every network
             ]
         lines += [
             f"{entry.weight}: constants of {entry.channels} removed columns went into {entry.bias}"
@@ -188,7 +190,7 @@ def decide(ticket: Ticket, module: nn.Module, example_inputs: Inputs, *, multipl
     # Sizes written into view() may come from the tensor's own shape (harmless) or from the code; the graph shows
     # the same number for both. So they are trusted first, and pinned where the narrowed network then fails.
     for fixed_sizes in (False, True):
-        ledger = analyse(dense, inputs, fixed_sizes=fixed_sizes)
+        ledger = analyse_at_any_size(dense, inputs, fixed_sizes=fixed_sizes)
         before, expected = cost_of(dense, inputs)
         groups, removed = choose(ledger, multiple)
         gains = fold(ledger, removed)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from ..errors import SurgeryError
 
@@ -44,6 +45,7 @@ def trace(module: torch.nn.Module, example_inputs: tuple[Any, ...]) -> Traced:
         program = torch.export.export(module, example_inputs, strict=False)
     except Exception as problem:
         # The exporter raises many unrelated classes (user code runs inside it); all mean the same to the caller.
+        _refuse_other_precision(module, example_inputs)
         raise SurgeryError(
             f"the network cannot be traced: {_first_line(problem)}",
             expected="a module that runs on the example inputs without data-dependent control flow",
@@ -122,6 +124,24 @@ def overwritten(node: Node) -> tuple[Node, ...]:
         for a in schema.arguments
         if a.alias_info is not None and a.alias_info.is_write and isinstance(given[a.name], Node)
     )
+
+
+def _refuse_other_precision(module: torch.nn.Module, example_inputs: tuple[Any, ...]) -> None:
+    """Name the precisions of inputs and weights where they differ; networks that cast their inputs are traced."""
+    given = _floating(pytree.tree_leaves(example_inputs))
+    wanted = _floating(module.parameters())
+    if given and wanted and not given & wanted:
+        inputs, weights = (" and ".join(sorted(names)) for names in (given, wanted))
+        raise SurgeryError(
+            f"the example inputs are {inputs}, the weights {weights}",
+            expected=f"example inputs in the weights' precision, {weights}",
+            fix=f"cast them: example_inputs.to(torch.{min(wanted)})",
+        ) from None
+
+
+def _floating(tensors: Iterable[Any]) -> set[str]:
+    floats = [x for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    return {str(x.dtype).removeprefix("torch.") for x in floats}
 
 
 def _overloads(name: str) -> tuple[str, ...]:

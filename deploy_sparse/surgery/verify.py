@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,13 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..errors import SurgeryError
+from ._sizes import Shapes, free_size, random_inputs, slightly_larger
 from .graph import Inputs, as_tuple
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Largest accepted ``max|Δ| / max|y|`` by the precision of the outputs."""
 
+Sample = tuple[str, tuple[Any, ...]]
 _SEED = 20220713
 _BATCHES = (1, 3)
 
@@ -36,24 +38,47 @@ class Deviation:
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """Folded biases that the compact network holds in a lower precision than they were reckoned in.
+
+    Attributes:
+        biases: how many numbers changed.
+        precision: what they were rounded to, for example ``"float32"``.
+        float64: deviation of the delivered network, biases rounded, with weights and inputs cast to float64.
+    """
+
+    biases: int
+    precision: str
+    float64: Deviation
+
+
+@dataclass(frozen=True)
 class Parity:
     """How closely a compact network follows its masked dense network.
 
     Attributes:
         float32: deviation with weights and inputs in float32.
-        float64: deviation with weights and inputs in float64.
-        inputs: what it was measured on.
+        float64: deviation with weights and inputs in float64, before folded biases were rounded.
+        inputs: what it was measured on, and which input sizes could not be tried.
+        rounding: what rounding the folded biases changed, None where nothing was rounded.
     """
 
     float32: Deviation
     float64: Deviation
     inputs: tuple[str, ...]
+    rounding: Rounding | None = None
 
     def __str__(self) -> str:
         """One line for people."""
-        single, double = self.float32, self.float64
+        single, double, after = self.float32, self.float64, self.rounding
+        rounded = (
+            f" (before {after.biases} folded biases were rounded to {after.precision}; "
+            f"{after.float64.max_rel:.1e} after)"
+            if after is not None
+            else ""
+        )
         return (
-            f"max|Δ| / max|y| {single.max_rel:.1e} in float32 and {double.max_rel:.1e} in float64, "
+            f"max|Δ| / max|y| {single.max_rel:.1e} in float32 and {double.max_rel:.1e} in float64{rounded}, "
             f"top-1 agreement {single.top1_agreement:.1%}, on {'; '.join(self.inputs)}"
         )
 
@@ -65,32 +90,46 @@ def verify(
     *,
     exact: torch.nn.Module | None = None,
 ) -> Parity:
-    """Compare two networks in evaluation mode on the given inputs and on seeded random ones of several batch sizes.
+    """Compare two networks in evaluation mode on the given inputs and on seeded random ones of several sizes.
+
+    Random inputs have other batch sizes, and other spatial sizes (axis 2 and on), where the dense network takes them.
 
     Args:
         dense: the dense network with masked weights; it is the reference. Neither module is changed.
         compact: the smaller network.
         example_inputs: one tensor with a batch axis, or the tuple of positional inputs.
         exact: ``compact`` before its folded biases were rounded to float32, in float64. A rounded bias is off by 1e-8,
-            so the float64 comparison is made with ``exact``, and ``compact`` must equal it after rounding, bit by bit.
+            so the float64 comparison is made with ``exact``, ``compact`` must equal it after rounding, bit by bit, and
+            what the rounding changed is measured too.
 
     Raises:
         SurgeryError: an output of another shape, not finite, or further off than ``TOLERANCE`` allows; or a network
-            that does not run.
+            that does not run, or does not compute the same twice.
     """
     reference = copy.deepcopy(dense).eval().to(torch.float64)
-    samples = list(_samples(as_tuple(example_inputs), reference))
-    if exact is not None:
-        _refuse_other_tensors(compact, exact)
-    upcast = copy.deepcopy(compact if exact is None else exact).eval().to(torch.float64)
-    double = _deviation(reference, upcast, samples, torch.float64)
+    examples = as_tuple(example_inputs)
+    _refuse_random(reference, examples)
+    samples, untried = _samples(examples, reference)
+    changed = 0 if exact is None else _rounded(compact, exact)
+    delivered = copy.deepcopy(compact).eval().to(torch.float64)
+    unrounded = copy.deepcopy(exact).eval().to(torch.float64) if exact is not None and changed else delivered
+    double = _deviation(reference, unrounded, samples, torch.float64, TOLERANCE)
+    rounding = None
+    if changed:
+        loose = dict.fromkeys(TOLERANCE, TOLERANCE[torch.float32])
+        after = _deviation(reference, delivered, samples, torch.float64, loose)
+        rounding = Rounding(changed, _precision(compact), after)
     pair = [copy.deepcopy(module).eval().to(torch.float32) for module in (dense, compact)]
-    single = _deviation(pair[0], pair[1], samples, torch.float32)
-    return Parity(single, double, tuple(name for name, _ in samples))
+    single = _deviation(pair[0], pair[1], samples, torch.float32, TOLERANCE)
+    return Parity(single, double, (*(name for name, _ in samples), *untried), rounding)
 
 
 def _deviation(
-    dense: torch.nn.Module, compact: torch.nn.Module, samples: list[tuple[str, tuple[Any, ...]]], dtype: torch.dtype
+    dense: torch.nn.Module,
+    compact: torch.nn.Module,
+    samples: Sequence[Sample],
+    dtype: torch.dtype,
+    tolerance: Mapping[torch.dtype, float],
 ) -> Deviation:
     max_abs = max_rel = 0.0
     agreed = total = 0
@@ -108,7 +147,7 @@ def _deviation(
                 if not bool(torch.isfinite(tensor).all()):
                     raise _refusal(f"the {what} network's output on {name} has entries that are NaN or infinite")
             absolute, relative = _distance(reference, output)
-            limit = TOLERANCE.get(reference.dtype, TOLERANCE[torch.float32])
+            limit = tolerance.get(reference.dtype, tolerance[torch.float32])
             if relative > limit:
                 raise _refusal(
                     f"the compact network differs from the masked one by {absolute:.3g}, {relative:.3g} of max|y|, in "
@@ -120,30 +159,60 @@ def _deviation(
     return Deviation(max_abs, max_rel, agreed / total if total else 1.0)
 
 
-def _refuse_other_tensors(compact: torch.nn.Module, exact: torch.nn.Module) -> None:
-    unrounded = exact.state_dict()
+def _rounded(compact: torch.nn.Module, exact: torch.nn.Module) -> int:
+    """How many numbers of ``compact`` differ from ``exact``; each must be the rounded one."""
+    unrounded, changed = exact.state_dict(), 0
     for name, tensor in compact.state_dict().items():
         if name not in unrounded or not torch.equal(tensor, unrounded[name].to(tensor.dtype)):
             raise _refusal(f"{name!r} of the compact network is not its float64 counterpart, rounded")
+        changed += int((tensor != unrounded[name]).sum())
+    return changed
 
 
-def _samples(examples: tuple[Any, ...], dense: torch.nn.Module) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    yield f"the example inputs {_shapes(pytree.tree_leaves(examples))}", examples
-    if not all(isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() > 0 for x in examples):
-        return  # token ids and the like: random numbers would not be inputs of this network
-    generator = torch.Generator().manual_seed(_SEED)
-    for batch in (None, *_BATCHES):
-        shapes = [x.shape if batch is None else (batch, *x.shape[1:]) for x in examples]
-        inputs = tuple(
-            torch.randn(shape, generator=generator, dtype=torch.float64).to(x.device)
-            for shape, x in zip(shapes, examples, strict=True)
+def _precision(module: torch.nn.Module) -> str:
+    dtypes = dict.fromkeys(p.dtype for p in module.parameters() if p.is_floating_point())
+    return " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _refuse_random(dense: torch.nn.Module, examples: tuple[Any, ...]) -> None:
+    inputs = tuple(pytree.tree_map(lambda x: _cast(x, torch.float64), examples))
+    first, second = (_run(dense, inputs, "the masked dense network") for _ in range(2))
+    same = [x.shape for x in first] == [x.shape for x in second]
+    off = max((_distance(a, b)[1] for a, b in zip(first, second, strict=True)), default=0.0) if same else torch.inf
+    if off > TOLERANCE[torch.float64]:
+        raise SurgeryError(
+            f"the dense network is not deterministic: run twice in evaluation mode on the same inputs, its outputs "
+            f"differ by {off:.3g} of max|y|",
+            expected="a network whose output depends on its input and weights only",
+            fix="switch randomness off in evaluation mode, for example F.dropout(x, training=self.training)",
         )
-        if batch is None or _accepts(dense, inputs):
-            yield f"random inputs {_shapes(inputs)}", inputs
+
+
+def _samples(examples: tuple[Any, ...], dense: torch.nn.Module) -> tuple[list[Sample], tuple[str, ...]]:
+    """Named inputs to compare on, and what could not be tried, in words."""
+    samples: list[Sample] = [(f"the example inputs {_shapes(pytree.tree_leaves(examples))}", examples)]
+    if not free_size(examples):
+        return samples, ()  # token ids and the like: random numbers would not be inputs of this network
+    generator = torch.Generator().manual_seed(_SEED)
+
+    def draw(shapes: Shapes) -> Sample:
+        inputs = random_inputs(examples, shapes, generator)
+        return f"random inputs {_shapes(inputs)}", inputs
+
+    own = tuple(x.shape for x in examples)
+    samples.append(draw(own))
+    batches = (draw(tuple(torch.Size([batch, *shape[1:]]) for shape in own)) for batch in _BATCHES)
+    samples += [sample for sample in batches if _accepts(dense, sample[1])]
+    larger = [draw(shapes) for shapes in slightly_larger(own)]
+    taken = next((sample for sample in larger if _accepts(dense, sample[1])), None)
+    if taken is not None:
+        return [*samples, taken], ()
+    tried = " or ".join(_shapes(inputs) for _, inputs in larger)
+    return samples, (f"no other spatial size (the dense network does not run at {tried})",) if larger else ()
 
 
 def _accepts(dense: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> bool:
-    """Whether the dense network runs at this batch size; some have theirs written into the code."""
+    """Whether the dense network runs at this size; some have theirs written into the code."""
     try:
         _run(dense, inputs, "the masked dense network")
     except SurgeryError:
@@ -188,5 +257,5 @@ def _refusal(given: str) -> SurgeryError:
     return SurgeryError(
         given,
         expected="finite outputs within 1e-05 · max|y| in float32 and 1e-10 · max|y| in float64",
-        fix="no compact network is made; keep the dense one, and check the weights and the layers named in the plan",
+        fix="no compact network is made; keep the masked dense one",
     )

@@ -206,6 +206,36 @@ def test_not_a_number_is_refused(made):
         compact(Ticket(weights, made.masks, made.model, made.provenance), factory)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (nn.Linear(2, 2), "an instance of Linear"),
+        (lambda: None, "one that returns None"),
+        (lambda: 3, "one that returns int"),
+        (None, "None"),
+        (nn.Linear, "which needs arguments"),
+    ],
+)
+def test_what_is_no_factory_is_refused_in_one_way(saved, made, given, said):
+    text = rf"factory must be a function without arguments that returns the dense nn\.Module; got .*{said}"
+    with pytest.raises(SurgeryError, match=text):
+        compact(made, given)
+    with pytest.raises(SurgeryError, match=text):
+        load_compact(saved[1], given)
+
+
+@pytest.mark.parametrize(("weights", "given"), [("float64", "float32"), ("float16", "float32"), ("float32", "float64")])
+def test_inputs_of_another_precision_than_the_weights_are_named(weights, given):
+    def small():
+        return nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).to(getattr(torch, weights))
+
+    made = ticket(randomised(small()), {})
+    with pytest.raises(SurgeryError) as caught:
+        compact(made, small, X.to(getattr(torch, given)))
+    assert caught.value.given == f"the example inputs are {given}, the weights {weights}"
+    assert f"example_inputs.to(torch.{weights})" in str(caught.value)
+
+
 def test_resnet18_with_half_of_every_free_group_masked():
     models = pytest.importorskip("torchvision.models")
 

@@ -166,8 +166,17 @@ def test_a_constant_survives_a_pool_only_where_no_zeros_come_in(pool, goes):
 
 
 def test_constant_that_differs_from_place_to_place_is_named():
-    _, groups = cut(lambda: nn.Sequential(conv(3, 2), nn.Sigmoid(), nn.ZeroPad2d(1), conv(2, 2)), {"0.weight": [0]})
-    assert groups["0.weight"].stays[0].reason == "its constant changes from place to place before layer '3'"
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.fc = conv(3, 2), conv(2, 2), nn.Linear(2 * 8 * 16, 2)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.fc(self.b(torch.cat([torch.sigmoid(x), torch.tanh(x)], 3)).flatten(1))
+
+    _, groups = cut(Net, {"a.weight": [0]})
+    assert groups["a.weight"].stays[0].reason == "its constant changes from place to place before layer 'b'"
 
 
 def test_depthwise_passes_constants_on():

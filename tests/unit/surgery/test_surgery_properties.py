@@ -26,7 +26,7 @@ blocks = st.builds(
 drawn_networks = st.tuples(st.lists(blocks, min_size=1, max_size=4), st.booleans(), st.integers(0, 99))
 few = settings(
     phases=(Phase.explicit, Phase.generate),  # a failing network is small already; shrinking traces for minutes
-    max_examples=20,
+    max_examples=10,
     deadline=None,
     derandomize=True,
     database=None,

@@ -10,7 +10,7 @@ from surgery_nets import SHAPE, Block, RandomNet, masked, randomised, rows_maske
 from torch import nn
 
 from deploy_sparse.errors import SurgeryError
-from deploy_sparse.surgery import Parity, channel_groups, compact, verify
+from deploy_sparse.surgery import Parity, SurgeryPlan, channel_groups, compact, verify
 
 STEPS = [Block("projection", 4, bias=True), Block("depthwise", 1), Block("chain", 3)]
 X = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(7))
@@ -83,6 +83,7 @@ def test_sound_pair_passes_on_several_batch_sizes(pair):
         "random inputs [2, 3, 8, 8]",
         "random inputs [1, 3, 8, 8]",
         "random inputs [3, 3, 8, 8]",
+        "random inputs [2, 3, 10, 11]",
     )
     assert parity.float32.max_rel <= 1e-5
     assert parity.float64.max_rel <= 1e-10
@@ -153,7 +154,95 @@ def test_batch_size_written_into_the_network_limits_what_is_tried():
     assert verify(net, copy.deepcopy(net), X).inputs == (
         "the example inputs [2, 3, 8, 8]",
         "random inputs [2, 3, 8, 8]",
+        "no other spatial size (the dense network does not run at [2, 3, 10, 11] or [2, 3, 16, 16])",
     )
+
+
+def test_fault_at_another_spatial_size_is_found():
+    class Net(nn.Module):
+        def __init__(self, per_position):
+            super().__init__()
+            self.fc, self.per_position = nn.Linear(3, 2), per_position
+
+        def forward(self, x):
+            return self.fc(x.sum((2, 3)) / (64 if self.per_position else x[0, 0].numel()))
+
+    dense = randomised(Net(False))
+    small = Net(True)
+    small.load_state_dict(dense.state_dict())
+    with pytest.raises(SurgeryError, match=r"differs from the masked one by .* on random inputs \[2, 3, 10, 11\]"):
+        verify(dense, small, X)
+
+
+def test_network_that_takes_multiples_only_is_compared_at_twice_the_size():
+    class Even(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3 * 16, 2)
+
+        def forward(self, x):
+            tiles = x.unfold(2, 4, 4).unfold(3, 4, 4)  # [n, 3, h/4, w/4, 4, 4]
+            assert x.shape[3] % 4 == 0
+            return self.fc(tiles.mean((2, 3)).flatten(1))
+
+    net = randomised(Even())
+    assert verify(net, copy.deepcopy(net), X).inputs[-1] == "random inputs [2, 3, 16, 16]"
+
+
+def test_network_that_is_random_in_evaluation_mode_is_named():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            return nn.functional.dropout(self.b(torch.relu(self.a(x))), 0.5, training=True)
+
+    made = ticket(randomised(Noisy()), rows_masked(Noisy(), {"a.weight": [1]}))
+    with pytest.raises(SurgeryError, match="the dense network is not deterministic: run twice in evaluation mode"):
+        compact(made, Noisy)
+
+
+def test_refusal_speaks_of_nothing_the_caller_does_not_have(pair):
+    dense, small = pair
+    broken = copy.deepcopy(small)
+    with torch.no_grad():
+        broken.fc.bias.add_(1)
+    with pytest.raises(SurgeryError) as caught:
+        verify(dense, broken, X)
+    assert "plan" not in str(caught.value)
+
+
+def folding():
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid(), nn.Conv2d(4, 5, 1), nn.Sigmoid(), nn.Conv2d(5, 2, 1))
+
+
+def test_rounded_folds_are_told_with_both_figures():
+    dense = randomised(folding())
+    made = ticket(dense, rows_masked(dense, {"0.weight": [1]}))
+    result = compact(made, folding)
+    rounding, parity = result.parity.rounding, result.parity
+    assert 1 <= rounding.biases <= 5
+    assert rounding.precision == "float32"
+    reference, delivered = (copy.deepcopy(module).double() for module in (masked(folding, made), result.module))
+    x = X.double()
+    with torch.no_grad():
+        off = float((reference(x) - delivered(x)).abs().max() / reference(x).abs().max())
+    assert 0.5 < off / rounding.float64.max_rel < 2  # on other inputs than verify's own: nearly the same figure
+    assert parity.float64.max_rel < 1e-14 < rounding.float64.max_rel < 1e-6
+    text = f"in float64 (before {rounding.biases} folded biases were rounded to float32; {rounding.float64.max_rel:.1e}"
+    assert text in str(parity)
+    assert result.plan.to_json()["parity"]["rounding"]["precision"] == "float32"
+    assert SurgeryPlan.from_json(result.plan.to_json()).parity == parity
+
+
+def test_no_rounding_is_told_where_there_is_none(pair):
+    dense = randomised(folding().double())
+    result = compact(ticket(dense, rows_masked(dense, {"0.weight": [1]})), lambda: folding().double())
+    assert result.plan.folds
+    assert result.parity.rounding is None
+    assert "rounded" not in str(result.parity)
+    assert verify(*pair, X).rounding is None
 
 
 def test_integer_inputs_are_taken_as_given():
