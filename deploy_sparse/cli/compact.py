@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from .output import emit, table
 
@@ -12,7 +13,7 @@ EXAMPLES = """  deploy-sparse compact runs/imp_refill-resnet_digits/ticket --out
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("ticket", help="a ticket's folder")
+    parser.add_argument("ticket", help="a ticket's folder, or a finished run's")
     parser.add_argument("--out", required=True, help="folder to write: plan.json and compact.safetensors")
     parser.add_argument("--target", help="round widths up to the multiple this target likes")
 
@@ -20,7 +21,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     from ..api import compact
 
-    made = compact(options.ticket, target=options.target)
+    source = Path(options.ticket)
+    if (source / "run.json").is_file() and (source / "ticket").is_dir():
+        source = source / "ticket"
+    made = compact(source, target=options.target)
     made.save(options.out)
     summary = made.plan.summary()
 

@@ -161,6 +161,7 @@ def test_what_a_run_holds_is_pointed_at(capsys, small_run, tmp_path):
         code, _, err = run(capsys, *words, "--out", str(tmp_path))
         assert code == 2
         assert "name what is in it, for example" in err
+    assert run(capsys, "compact", str(small_run[0]), "--out", str(tmp_path / "compact"))[0] == 0
     for name in ("run.json", "metrics.jsonl"):
         assert small_run[1]["ticket"] in run(capsys, "show", str(small_run[0] / name))[1]
 
