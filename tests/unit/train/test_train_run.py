@@ -112,6 +112,15 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
         pass
 
 
+def test_a_folder_in_use_says_so_before_anything_else(tmp_path):
+    with (
+        opened(tmp_path / "run"),
+        pytest.raises(RunError, match="another process is running in"),
+        opened(tmp_path / "run"),
+    ):
+        pass
+
+
 def test_a_folder_that_cannot_be_made_is_one_message(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ArtifactError, match="cannot be written"), opened(tmp_path / "file" / "run"):
