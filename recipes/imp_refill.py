@@ -159,7 +159,7 @@ def main(config: RecipeConfig, run: Run) -> Mapping[str, Any]:
         config=config.deploy,
         title=f"{config.model.name} on {config.data.name}: IMP + refill",
         tables=(_rounds_table(rounds, tickets, chosen),),
-        command=run.command,
+        command=run.origin,
         poll=run.poll,
         say=run.console.say,
     )

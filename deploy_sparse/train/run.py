@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ class Run:
         console: for progress.
         poll: raises when the run was asked to stop; call it in every long loop.
         command: the command that continues this run.
+        origin: the command that started it.
     """
 
     folder: Path
@@ -40,7 +41,8 @@ class Run:
     console: Console
     poll: Callable[..., None]
     command: str
-    started: str = field(default_factory=lambda: _now())
+    origin: str
+    started: str
 
     def once(self, name: str, make: Callable[[], T], save: Callable[[T, Path], Any], load: Callable[[Path], T]) -> T:
         """The stage ``name``: loaded when an earlier attempt finished it, otherwise made and saved.
@@ -92,6 +94,7 @@ class Run:
             "started": self.started,
             "updated": _now(),
             "command": self.command,
+            "origin": self.origin,
             "config": dict(self.config),
             "environment": artifact.environment(),
         }
@@ -126,7 +129,8 @@ def open_run(
     with _locked(folder):
         _refuse_occupied(folder, resume)
         previous = _previous(folder, recipe, config, changeable, console)
-        run = Run(folder, recipe, config, console, poll, command, previous.get("started", _now()))
+        origin = previous.get("origin", command.removesuffix(" --resume"))
+        run = Run(folder, recipe, config, console, poll, command, origin, previous.get("started", _now()))
         if previous.get("status") != "finished":
             artifact.write_json(folder / "run.json", run._description("running"))
         for leftover in folder.rglob(".tmp-*"):  # of a killed process: this one holds the lock

@@ -140,7 +140,7 @@ def deliver(
         title=title,
         provenance=(f"Ticket {ticket.hash[:16]}", f"Compact network verified: {plan.parity}"),
         tables=tuple(extra),
-        conditions=(("command", command.removesuffix(" --resume")),) if command else (),
+        conditions=(("command", command),) if command else (),
     )
     return {**summary_of(write_report(folder, records, text), folder), "not_built": not_built}
 

@@ -212,6 +212,14 @@ def test_leftovers_of_a_killed_process_are_swept_and_do_not_block(tmp_path):
     assert not list((tmp_path / "run").rglob(".tmp-*"))
 
 
+def test_a_continued_run_remembers_the_command_that_started_it(tmp_path):
+    with opened(tmp_path / "run") as run:
+        assert run.origin == "deploy-sparse run r"
+    console = Console(io.StringIO())
+    with open_run(tmp_path / "run", "r", CONFIG, resume=True, command="other --resume", console=console) as run:
+        assert (run.origin, run.command) == ("deploy-sparse run r", "other --resume")
+
+
 def test_a_row_of_metrics_is_logged_once(tmp_path):
     for resume in (False, True):
         with opened(tmp_path / "run", resume=resume) as run:
