@@ -171,19 +171,13 @@ def _value(text: str) -> Any:
         return text
 
 
-_WORDS = {
-    "int_parsing": "a whole number",
-    "int_from_float": "a whole number",
-    "float_parsing": "a number",
-    "tuple_type": "a list",
-    "too_short": "a list with at least one entry",
-}
-_EXAMPLES = {
-    "int_parsing": "--{key} 3",
-    "int_from_float": "--{key} 3",
-    "float_parsing": "--{key} 0.1",
-    "tuple_type": "--{key} '[1, 32]' or --{key} '[\"cpu\"]'",
-    "too_short": "--{key} '[1, 32]' or --{key} '[\"cpu\"]'",
+_LIST_EXAMPLE = "--{key} '[1, 32]' or --{key} '[\"cpu\"]'"
+_WORDS = {  # what pydantic says in Python's words: what is expected, and an example
+    "int_parsing": ("a whole number", "--{key} 3"),
+    "int_from_float": ("a whole number", "--{key} 3"),
+    "float_parsing": ("a number", "--{key} 0.1"),
+    "tuple_type": ("a list", _LIST_EXAMPLE),
+    "too_short": ("a list with at least one entry", _LIST_EXAMPLE),
 }
 
 
@@ -207,11 +201,9 @@ def _readable(kind: type[Config], detail: ErrorDetails, source: str) -> ConfigEr
     if detail["type"] == "missing":
         return ConfigError(f"{key!r} is missing in {source}", expected="a value for it", fix=f"add it: --{key} VALUE")
     if detail["type"] in _WORDS:
-        return ConfigError(
-            f"{key} = {detail['input']!r} in {source}",
-            expected=_WORDS[detail["type"]],
-            fix=f"for example {_EXAMPLES[detail['type']].format(key=key)}",
-        )
+        expected, example = _WORDS[detail["type"]]
+        fix = f"for example {example.format(key=key)}"
+        return ConfigError(f"{key} = {detail['input']!r} in {source}", expected=expected, fix=fix)
     message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return ConfigError(
         f"{key} = {detail['input']!r} in {source}", expected=message, fix=f"choose another value: --{key} VALUE"

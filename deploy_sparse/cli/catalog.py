@@ -68,9 +68,10 @@ def find_config(recipe: Recipe, name: str) -> Path:
             raise ConfigError(f"config file {name} does not exist", expected="a TOML file", fix="check the path")
         return Path(name)
     if name not in recipe.configs:
+        known = ", ".join(recipe.configs)
         raise ConfigError(
             f"unknown config {name!r} for recipe {recipe.name}",
-            expected=f"{', '.join(['one of', *recipe.configs]) if recipe.configs else ''}the path of a TOML file",
+            expected=f"one of {known}, or the path of a TOML file" if known else "the path of a TOML file",
             fix=f"{nearest(name, list(recipe.configs))}see deploy-sparse ls, or copy a config here: deploy-sparse cp",
         )
     return recipe.configs[name]

@@ -97,7 +97,20 @@ class TicketTrainer:
             weights = fitted.best if keep == "best" else fitted.last
             return self._ticket(weights, masks, start.hash, _metrics(fitted))
 
-        return self.run.once(name, make, Ticket.save, self._load)
+        def load(folder: Path) -> Ticket:
+            ticket = self._load(folder)
+            same = ticket.masks.keys() == masks.keys() and all(
+                torch.equal(ticket.masks[k], m) for k, m in masks.items()
+            )
+            if ticket.provenance.parent != start.hash or not same:
+                raise ArtifactError(
+                    f"{folder} was made from another rewind point or other masks",
+                    expected=f"a ticket made from {start.hash[:12]} under this stage's masks",
+                    fix=f"remove {folder}",
+                )
+            return ticket
+
+        return self.run.once(name, make, Ticket.save, load)
 
     def _fit(self, name: str, start: State, method: Method, keep_epoch: int | None) -> Fitted:
         network = self.factory()

@@ -246,6 +246,17 @@ def test_a_compact_network_of_another_ticket_is_refused(whole, tmp_path, capsys)
     assert f"remove {folder / 'compact'} and continue" in message
 
 
+def test_a_ticket_of_another_stage_is_refused(whole, tmp_path, capsys):
+    def swap(folder):
+        shutil.rmtree(folder / "tickets/1")
+        shutil.copytree(folder / "tickets/2", folder / "tickets/1")
+
+    folder, code, message = resumed(whole, tmp_path, capsys, swap)
+    assert code == 2
+    assert "was made from another rewind point or other masks" in message
+    assert f"remove {folder / 'tickets/1'} and continue with" in message
+
+
 def test_records_of_other_engines_or_none_are_measured_again(whole, tmp_path, capsys):
     def forge(folder):
         path = folder / "records.jsonl"
