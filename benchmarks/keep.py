@@ -1,4 +1,4 @@
-"""Keep a finished run's records under benchmarks/records/<device>/<run> and bring the README's tables up to date."""
+"""Keep a finished run's records under benchmarks/records/<device>/<run> and bring the pages' tables up to date."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from deploy_sparse.measure.table import markdown
 from deploy_sparse.tune.run_report import load_report, write_report_files
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "reproduction.md")
 RECORD = re.compile(r"<!-- record: (\S+) -->\n(.*?)<!-- end of record -->", re.DOTALL)
+RESULTS = re.compile(r"<!-- results: (\S+) -->\n(.*?)<!-- end of results -->", re.DOTALL)
 
 
 def keep(run: Path, device: str) -> Path:
@@ -25,25 +27,31 @@ def keep(run: Path, device: str) -> Path:
     return folder
 
 
-def with_tables(readme: str) -> str:
-    """The README's text with every marked table rendered from its record."""
+def with_tables(page: str) -> str:
+    """A page's text with every marked table taken from its record."""
 
-    def table(match: re.Match[str]) -> str:
+    def report(match: re.Match[str]) -> str:
         text = markdown(final_table(load_report(ROOT / match[1])))
         return f"<!-- record: {match[1]} -->\n{text}<!-- end of record -->"
 
-    return RECORD.sub(table, readme)
+    def results(match: re.Match[str]) -> str:
+        return f"<!-- results: {match[1]} -->\n{(ROOT / match[1]).read_text()}<!-- end of results -->"
+
+    return RESULTS.sub(results, RECORD.sub(report, page))
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="a finished run's folder")
-    parser.add_argument("device", help="name of the device's folder, for example cpu-2-cores")
+    parser.add_argument("run", type=Path, nargs="?", help="a finished run's folder; without one only pages are updated")
+    parser.add_argument("device", nargs="?", help="name of the device's folder, for example cpu-2-cores")
     options = parser.parse_args()
-    print(keep(options.run, options.device))
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text()))
+    if options.run is not None:
+        if options.device is None:
+            parser.error("a run needs its device's name: keep.py RUN DEVICE")
+        print(keep(options.run, options.device))
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text()))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import compact as compact
     from .api import load_compact as load_compact
+    from .api import oneshot_ticket as oneshot_ticket
     from .engine.build import build_engine as build_engine
     from .engine.export import export_onnx as export_onnx
     from .engine.runner import load_engine as load_engine
@@ -23,12 +24,22 @@ _HOMES = {
     "Ticket": ".ticket",
     "compact": ".api",
     "load_compact": ".api",
+    "oneshot_ticket": ".api",
     "export_onnx": ".engine.export",
     "build_engine": ".engine.build",
     "load_engine": ".engine.runner",
     "profile": ".measure.profile",
 }
-__all__ = ["Ticket", "build_engine", "compact", "export_onnx", "load_compact", "load_engine", "profile"]
+__all__ = [
+    "Ticket",
+    "build_engine",
+    "compact",
+    "export_onnx",
+    "load_compact",
+    "load_engine",
+    "oneshot_ticket",
+    "profile",
+]
 
 
 def __getattr__(name: str) -> Any:

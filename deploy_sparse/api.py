@@ -1,8 +1,10 @@
-"""The calls pipelines make that need more than one room: they resolve zoo names and target names for surgery."""
+"""The calls pipelines make that need more than one room: tickets without training, zoo and target names for surgery."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -10,16 +12,33 @@ from typing import Any, Literal
 import torch
 
 from . import zoo
+from .artifact import environment
 from .config import Config
 from .engine.target import load_target
-from .errors import ConfigError, TicketError
+from .errors import ConfigError, TicketError, nearest
+from .sparsify import entry_scores
+from .sparsify.channel_scores import OF_DATA, channel_scores
+from .sparsify.distribution import Distribution, densities
+from .sparsify.imp import dense_masks
+from .sparsify.oneshot import SOURCES, source_masks
+from .sparsify.patterns import blocks, channels, silence, silent_pools, whole
+from .sparsify.regroup import RegroupRule
+from .structure import ChannelGroup
 from .surgery.compact import Compact
 from .surgery.compact import compact as compact_ticket
 from .surgery.compact import load_compact as load_compact_folder
+from .surgery.graph import Inputs, as_tuple, channel_groups
 from .surgery.plan import SurgeryPlan
-from .ticket import ModelRef, Ticket
+from .ticket import ModelRef, Provenance, Ticket
 
 Factory = Callable[[], torch.nn.Module]
+Batch = tuple[torch.Tensor, torch.Tensor]
+Pattern = Literal["channels", "unstructured", "blocks"]
+_SCORES: Mapping[str, tuple[str, ...]] = {
+    "channels": ("l1", "l2", "random", *OF_DATA),
+    "unstructured": ("l1", *SOURCES),
+    "blocks": ("l1", *SOURCES),
+}
 
 
 def compact(
@@ -78,16 +97,189 @@ def load_compact(folder: str | Path, *, factory: Factory | None = None) -> torch
     return load_compact_folder(folder, factory)
 
 
+def oneshot_ticket(
+    model: torch.nn.Module,
+    example_inputs: Inputs,
+    pattern: Pattern = "channels",
+    sparsity: float = 0.5,
+    score: str = "l1",
+    silent: bool = True,
+    *,
+    batches: Iterable[Batch] = (),
+    distribution: Distribution | None = None,
+    multiple: int = 1,
+    rule: RegroupRule | None = None,
+    exclude: Sequence[str] = (),
+    seed: int = 0,
+    reference: ModelRef | None = None,
+) -> Ticket:
+    """Prune any network at once, without training: a ticket with the network's own weights and masks for them.
+
+    Args:
+        model: any module that ``torch.export`` can trace (for ``"unstructured"`` it need not); it is not changed.
+        example_inputs: one tensor with a batch axis, or the tuple of positional inputs, on the model's device.
+        pattern: ``"channels"``: whole output channels, chosen together by all layers that a residual sum couples, so
+            that the network really gets narrower. ``"unstructured"``: single weights of the convolutions and Linear
+            layers, but not of the last Linear. ``"blocks"``: those gathered into dense blocks by regroup.
+        sparsity: what goes, in [0, 1). Channels: of every group of coupled layers that can be narrowed, that share of
+            its channels, rounded so that ⌈(1 - sparsity) · c_out⌉ stay; what reads them goes besides. Otherwise: that
+            share of the prunable weights. Other distributions than ``"uniform"`` spread the share of weights.
+        score: what decides; the largest stay. Channels: ``"l1"``, ``"l2"`` norm of the weights, ``"random"``, or with
+            ``batches`` ``"activation_l1"``, ``"activation_l2"``, ``"saliency"``. Weights: ``"l1"`` or ``"magnitude"``
+            (the same for one weight), ``"random"``, ``"synflow"``, or with ``batches`` ``"snip"``, ``"grasp"``.
+        silent: for channels and blocks: mask what belongs to a dropped channel too (bias, norm, the columns that read
+            it), so that :func:`compact` cuts it out exactly. False masks only the rows of the weights and leaves
+            BatchNorm live.
+        batches: images and labels on the model's device, for the scores that need data.
+        distribution: ``"uniform"``, ``"global"``, or ``"erk"``; uniform for channels and global for weights by default.
+        multiple: round the kept channels of a group up to this multiple.
+        rule: how blocks are formed; by default as many positions as the sparsity leaves, where most magnitude lies.
+        exclude: shell patterns of weight names to leave dense; what they are coupled with stays dense with them.
+        seed: for ``"random"``.
+        reference: which network this is, for example ``ModelRef("resnet18", input_shape=(3, 32, 32))`` from the zoo;
+            by default the caller's own, whose factory :func:`compact` then wants.
+
+    Raises:
+        ConfigError: an unknown pattern, score or distribution, a value out of range, missing batches, or nothing that
+            could be pruned.
+        TicketError: a layer would lose its last weight, or weights are not finite.
+        SurgeryError: the network cannot be traced.
+    """
+    _refuse_unknown("pattern", pattern, tuple(_SCORES))
+    _refuse_unknown(f"score for pattern {pattern!r}:", score, _SCORES[pattern])
+    if not 0.0 <= sparsity < 1.0:
+        raise ConfigError(f"sparsity {sparsity}", expected="a number in [0, 1)", fix="0.5 takes one half out")
+    for name, idle in (("multiple", multiple != 1 and pattern != "channels"), ("rule", rule and pattern != "blocks")):
+        if idle:
+            raise ConfigError(
+                f"{name} with pattern {pattern!r}",
+                expected="multiple for channels, rule for blocks",
+                fix=f"leave {name} out, or choose the other pattern",
+            )
+    inputs, held = as_tuple(example_inputs), list(batches)
+    distribution = distribution or ("uniform" if pattern == "channels" else "global")
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if pattern == "channels":
+        groups = channel_groups(model, inputs)
+        choice = _Choice(model, weights, 1.0 - sparsity, score, distribution, held, seed)
+        masks = _channel_masks(choice, groups, exclude, multiple)
+        masks = silence(masks, weights, groups) if silent else masks
+    else:
+        prunable = dense_masks(model, exclude=exclude)
+        masks = source_masks(
+            "magnitude" if score == "l1" else score,
+            model,
+            prunable,
+            1.0 - sparsity,
+            batches=held,
+            example_inputs=inputs,
+            seed=seed,
+            distribution=distribution,
+        )
+        if pattern == "blocks":
+            rule = rule or RegroupRule(rule="budget")
+            groups = channel_groups(model, inputs) if silent else ()
+            masks = blocks(_without_grouped(model, masks), weights, groups, rule=rule, silent=silent)
+    shape = tuple(inputs[0].shape[1:]) if len(inputs) == 1 else ()
+    config = {
+        "pattern": pattern,
+        "sparsity": sparsity,
+        "score": score,
+        "silent": silent,
+        "distribution": distribution,
+        "multiple": multiple,
+        "exclude": list(exclude),
+        "rule": asdict(rule) if rule is not None else None,
+    }
+    return Ticket(
+        weights={name: tensor.cpu().clone() for name, tensor in weights.items()},
+        masks={name: mask.cpu() for name, mask in masks.items()},
+        model=reference or ModelRef("user factory", input_shape=shape),
+        provenance=Provenance(
+            "oneshot",
+            config,
+            seed,
+            data={"samples": sum(len(labels) for _, labels in held)} if held else {},
+            versions=environment(),
+        ),
+    ).validate(model)
+
+
 def zoo_factory(model: ModelRef, call: str) -> Factory:
     """The factory of a zoo network.
 
     Raises:
         TicketError: ``model`` is the caller's own network; the message names ``call``, which takes its factory.
     """
-    if model.name not in zoo.ZOO:
+    if not zoo.known(model.name):
         raise TicketError(
             f"the ticket is of {model.name!r}, which is no zoo network",
-            expected=f"a factory for it, or one of {', '.join(zoo.ZOO)}",
+            expected=f"a factory for it, or one of {', '.join(zoo.ZOO)}, or torchvision/<name>",
             fix=f"pass the function that constructs the dense network: {call}",
         )
     return partial(zoo.build, model.name, **model.arguments)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    model: torch.nn.Module
+    weights: Mapping[str, torch.Tensor]
+    density: float
+    score: str
+    distribution: Distribution
+    batches: Sequence[Batch]
+    seed: int
+
+
+def _channel_masks(
+    choice: _Choice, groups: Sequence[ChannelGroup], exclude: Sequence[str], multiple: int
+) -> dict[str, torch.Tensor]:
+    """Rows of every layer that can be narrowed, chosen together where layers are coupled."""
+    names = list(dict.fromkeys(p.weight.name for g in groups if g.pinned is None for p in g.producers))
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(
+                f"exclude pattern {pattern!r} matches no layer that can be narrowed",
+                expected=f"patterns of {', '.join(names[:4])} …",
+                fix="mend or drop the pattern",
+            )
+    masks = {
+        name: torch.ones_like(choice.weights[name], dtype=torch.bool)
+        for name in names
+        if not any(fnmatchcase(name, pattern) for pattern in exclude)
+    }
+    pools = silent_pools(masks, groups, together=True)
+    if not pools:
+        reasons = list(dict.fromkeys(group.pinned for group in groups if group.pinned is not None))
+        raise ConfigError(
+            f"no layer can be narrowed: {'; '.join(reasons) or 'the network has no channels'}",
+            expected="layers whose channels only layers of this network read",
+            fix="exclude fewer layers, or take pattern='unstructured'",
+        )
+    masks = {rows.name: masks[rows.name] for pool in pools for rows in pool}
+    if choice.score == "random":
+        rows = {name: mask.new_ones(len(mask)) for name, mask in masks.items()}
+        scores = entry_scores.random(rows, choice.seed)
+    else:
+        scores = channel_scores(choice.score, masks, weights=choice.weights, model=choice.model, batches=choice.batches)
+    shares = densities({name: mask.shape for name, mask in masks.items()}, choice.density, choice.distribution)
+    return channels(scores, masks, shares, pools, width=whole(multiple))
+
+
+def _without_grouped(model: torch.nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The masks but those of grouped convolutions, where a column is not one input channel; depthwise ones remain."""
+    grouped = {
+        f"{name}.weight"
+        for name, part in model.named_modules()
+        if isinstance(part, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d) and 1 < part.groups < part.in_channels
+    }
+    return {name: mask for name, mask in masks.items() if name not in grouped}
+
+
+def _refuse_unknown(what: str, given: str, known: tuple[str, ...]) -> None:
+    if given not in known:
+        raise ConfigError(
+            f"{what} {given!r}",
+            expected=f"one of {', '.join(known)}",
+            fix=f"{nearest(given, known)}choose one of them",
+        )

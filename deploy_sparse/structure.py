@@ -75,13 +75,36 @@ class Channels:
 
 
 @dataclass(frozen=True)
+class Block:
+    """Rows that survive in exactly the same columns, so that they run as one small dense layer.
+
+    Attributes:
+        rows: output channels, ascending.
+        columns: positions in the flattened weight row ``[c_in · kh · kw]``, ascending.
+    """
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The mask is a union of blocks; each row is in one of them or vanished. Ordered by the blocks' first rows."""
+
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
 class Unstructured:
-    """Some row is partly filled; ``density`` is the share of surviving entries."""
+    """Some row is partly filled and shares its columns with too few others; ``density`` is the surviving share."""
 
     density: float
 
 
-Structure = Dense | Channels | Unstructured
+Structure = Dense | Channels | Blocks | Unstructured
+
+MIN_BLOCK_ROWS = 8
+"""Fewer rows with the same columns than this are no block, unless the layer has no other surviving row."""
 
 
 def structure_of(mask: torch.Tensor) -> Structure:
@@ -95,7 +118,23 @@ def structure_of(mask: torch.Tensor) -> Structure:
     kept, used = cells.any(dim=(1, 2)), cells.any(dim=(0, 2))  # [c_out], [c_in]
     if bool(used.any()) and bool(cells[kept][:, used].all()):
         return Channels(tuple(kept.nonzero().flatten().tolist()))
+    if (blocks := row_blocks(mask)) is not None:
+        return Blocks(blocks)
     return Unstructured(float(mask.float().mean()))
+
+
+def row_blocks(mask: torch.Tensor) -> tuple[Block, ...] | None:
+    """The blocks of a mask ``[c_out, ...]``: its surviving rows grouped by equal columns, by first row.
+
+    None when nothing survives, or some group has fewer than ``MIN_BLOCK_ROWS`` rows and is not all that survives.
+    """
+    cells = mask.reshape(len(mask), -1).cpu()  # [c_out, n]
+    alike: dict[bytes, list[int]] = {}
+    for row in cells.any(dim=1).nonzero().flatten().tolist():
+        alike.setdefault(cells[row].numpy().tobytes(), []).append(row)
+    if not alike or (len(alike) > 1 and min(map(len, alike.values())) < MIN_BLOCK_ROWS):
+        return None
+    return tuple(Block(tuple(rows), tuple(cells[rows[0]].nonzero().flatten().tolist())) for rows in alike.values())
 
 
 def row_density(masks: Masks) -> float:

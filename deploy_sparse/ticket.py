@@ -19,7 +19,7 @@ from safetensors.torch import save as bytes_from_tensors
 
 from . import artifact
 from .errors import ArtifactError, TicketError, nearest
-from .structure import Channels, Dense, Unstructured, density, structure_of
+from .structure import Blocks, Channels, Dense, Unstructured, density, structure_of
 
 REMAKE = "deploy-sparse run <recipe> --config <name>"
 _PAYLOAD = "ticket.safetensors"
@@ -240,6 +240,10 @@ def _describe(mask: torch.Tensor) -> dict[str, Any]:
         case Channels(kept):
             share = round(float(mask.float().mean()), 6)
             return {"structure": "channels", "kept": len(kept), "of": mask.shape[0], "density": share}
+        case Blocks(blocks):
+            share = round(float(mask.float().mean()), 6)
+            sizes = {"rows": [len(b.rows) for b in blocks], "columns": [len(b.columns) for b in blocks]}
+            return {"structure": "blocks", "blocks": len(blocks), "of": mask.shape[0], **sizes, "density": share}
         case Unstructured(share):
             return {"structure": "unstructured", "density": round(share, 6)}
 

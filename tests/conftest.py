@@ -1,6 +1,10 @@
 """What every test may rely on: exports at full speed, and one small finished run to read."""
 
 import logging
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: workers share the cores
 
 import pytest
 from recipe_runs import finish

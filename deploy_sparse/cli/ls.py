@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from textwrap import wrap
 
 from .output import emit, table
 
@@ -29,13 +30,16 @@ def execute(options: argparse.Namespace) -> int:
     }
 
     def text() -> str:
-        rows = [(r.name, c) for r in found.values() for c in (r.configs or ["-"])]
-        summaries = [f"{r.name}: {r.summary}" for r in found.values()]
-        parts = [table(("recipe", "config"), rows), "", *summaries, ""]
-        parts.append(
-            table(("target", "runtime", "description"), [(n, t.runtime, t.description) for n, t in targets.items()])
-        )
-        return "\n".join(parts)
+        parts = []
+        for recipe in found.values():
+            configs = "  ".join(recipe.configs) or "(no configs)"
+            parts += [
+                recipe.name,
+                f"  {recipe.summary}",
+                *wrap(configs, 110, initial_indent="    ", subsequent_indent="    "),
+            ]
+        rows = [(name, target.runtime, target.description) for name, target in targets.items()]
+        return "\n".join([*parts, "", table(("target", "runtime", "description"), rows)])
 
     emit(options, value, text)
     return 0

@@ -64,6 +64,8 @@ def _ticket(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _kept(layer: dict[str, Any]) -> str:
+    if "blocks" in layer:
+        return f"{sum(layer['rows'])} of {layer['of']} in {layer['blocks']} block{'s' * (layer['blocks'] > 1)}"
     return f"{layer['kept']} of {layer['of']}" if "kept" in layer else "-"
 
 

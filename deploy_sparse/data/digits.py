@@ -7,12 +7,12 @@ import torch
 from sklearn import datasets
 from sklearn.model_selection import train_test_split
 
-from .splits import Split, Splits
+from .splits import Description, Split, Splits
 
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.15
 
 
-def load_digits(seed: int) -> Splits:
+def load_digits(description: Description, seed: int) -> Splits:
     """Stratified train / validation / test splits; images ``[N, 1, 8, 8]``, normalised by the training split."""
     images, labels = datasets.load_digits(return_X_y=True)
     everything = np.arange(len(labels))
@@ -24,4 +24,10 @@ def load_digits(seed: int) -> Splits:
     mean, deviation = pixels[train].mean(), pixels[train].std()
     pixels = (pixels - mean) / deviation
     targets = torch.tensor(labels, dtype=torch.int64)
-    return Splits("digits", 10, *(Split(pixels[part], targets[part]) for part in (train, validation, test)))
+    parts = {
+        name: Split(pixels[part], targets[part])
+        for name, part in (("train", train), ("validation", validation), ("test", test))
+    }
+    return Splits(
+        "digits", description.classes, description.image_shape, **parts, augmentation=description.augmentation
+    )

@@ -1,80 +1,105 @@
-"""A data set in memory and its reproducible batches: each one a pure function of (seed, epoch, index)."""
+"""Splits of a data set: images and labels, read by index, normalised; in memory or as files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
+
+from .files import ImageFiles
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes to a training image.
+
+    Attributes:
+        shift: moved by up to this many pixels along each axis; zeros of the stored values move in, which is black
+            for stored bytes (a crop after padding by ``shift``).
+        flip: mirrored left to right, half of the time.
+        rotation: turned by up to this many degrees either way; zeros turn in (nearest pixel).
+        crop: a random 8 to 100 % of the picture, sides 3:4 to 4:3, resized to a square of this many pixels; folder
+            sets only. 0: none.
+    """
+
+    shift: int = 0
+    flip: bool = False
+    rotation: float = 0.0
+    crop: int = 0
 
 
 @dataclass(frozen=True)
 class Description:
-    """Shape of one image ``(C, H, W)``, number of classes, and number of training images."""
+    """What is known of a data set without its files.
+
+    Attributes:
+        image_shape: of one image, ``(C, H, W)``.
+        classes: number of classes.
+        train_images: images in the training split, nominally.
+        augmentation: what the training images usually undergo.
+    """
 
     image_shape: tuple[int, int, int]
     classes: int
     train_images: int
+    augmentation: Augmentation = Augmentation()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
-    """Images ``[N, C, H, W]`` float32, normalised, and labels ``[N]`` int64."""
+    """Images with labels, in a fixed order.
 
-    images: torch.Tensor
+    Attributes:
+        images: ``[N, C, H, W]``, bytes or float32, or the files they are decoded from as bytes.
+        labels: ``[N]`` int64.
+        mean: subtracted on reading, ``[C, 1, 1]`` or one number, in the units of ``images``.
+        deviation: divided by on reading, likewise.
+    """
+
+    images: torch.Tensor | ImageFiles
     labels: torch.Tensor
+    mean: torch.Tensor | float = 0.0
+    deviation: torch.Tensor | float = 1.0
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def read(self, indices: torch.Tensor) -> torch.Tensor:
+        """The images at ``indices`` ``[n]``, not augmented: float32 ``[n, C, H, W]``, normalised.
 
-@dataclass(frozen=True)
+        Raises:
+            ConfigError: a file cannot be decoded.
+        """
+        if isinstance(self.images, torch.Tensor):
+            return self.normalised(self.images[indices])
+        return self.normalised(self.images.read(indices.tolist()))
+
+    def normalised(self, images: torch.Tensor) -> torch.Tensor:
+        """Stored values ``[n, C, H, W]`` as the network sees them, float32."""
+        return (images.to(torch.float32) - self.mean) / self.deviation
+
+    def head(self, count: int) -> torch.Tensor:
+        """The first ``count`` images (all if there are fewer), as :meth:`read` gives them."""
+        return self.read(torch.arange(min(count, len(self))))
+
+
+@dataclass(frozen=True, eq=False)
 class Splits:
-    """Three disjoint splits of one data set."""
+    """Three disjoint splits of one data set.
+
+    Attributes:
+        image_shape: of one image as the network sees it, ``(C, H, W)``.
+        augmentation: what the training images usually undergo.
+    """
 
     name: str
     classes: int
+    image_shape: tuple[int, int, int]
     train: Split
     validation: Split
     test: Split
+    augmentation: Augmentation = Augmentation()
 
     def sizes(self) -> dict[str, int]:
         """Number of images by split."""
         return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
-
-
-def train_batches(
-    split: Split, batch_size: int, *, seed: int, epoch: int, shift: int = 0, start: int = 0
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The batches of one epoch from batch ``start`` on, in an order that depends on (seed, epoch) alone.
-
-    Args:
-        batch_size: images a batch; a remainder smaller than a batch is left out of this epoch.
-        shift: augmentation: each image moves by up to this many pixels along each axis, zeros move in.
-        start: index of the first batch wanted; the ones before it are not computed.
-
-    Yields:
-        images ``[batch_size, C, H, W]`` and labels ``[batch_size]``.
-    """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(split), generator=generator)  # [N]
-    moves = torch.randint(-shift, shift + 1, (len(split), 2), generator=generator)  # [N, 2] rows, columns
-    for first in range(start * batch_size, len(split) - batch_size + 1, batch_size):
-        chosen = order[first : first + batch_size]
-        images = split.images[chosen]
-        yield (_shifted(images, moves[chosen], shift) if shift else images), split.labels[chosen]
-
-
-def batch_count(split: Split, batch_size: int) -> int:
-    """Batches :func:`train_batches` yields in one epoch."""
-    return len(split) // batch_size
-
-
-def _shifted(images: torch.Tensor, moves: torch.Tensor, shift: int) -> torch.Tensor:
-    height, width = images.shape[2:]
-    padded = functional.pad(images, (shift,) * 4)  # [N, C, H + 2 shift, W + 2 shift]
-    rows = shift + moves[:, :1] + torch.arange(height)  # [N, H]
-    columns = shift + moves[:, 1:] + torch.arange(width)  # [N, W]
-    sample = torch.arange(len(images))[:, None, None]  # [N, 1, 1]
-    return padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

@@ -4,34 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from fractions import Fraction
 
 import torch
+from torch import nn
 
-from ..errors import ConfigError, TicketError
+from ..errors import ConfigError
 from ..structure import Masks
+from .entry_scores import magnitude
+from .patterns import unstructured
 
 
-def dense_masks(model: torch.nn.Module, *, exclude: Sequence[str] = ()) -> dict[str, torch.Tensor]:
-    """All-True masks for every convolution's weight: what pruning may touch.
+def dense_masks(model: nn.Module, *, exclude: Sequence[str] = (), linear: bool = True) -> dict[str, torch.Tensor]:
+    """All-True masks for every weight that pruning may touch.
 
-    The paper prunes everything but the classification head; Linear layers are therefore left out.
+    The paper prunes everything but the classification head (section 3.1); the public code prunes convolutions only, and
+    spares the stem of a ResNet. They agree on networks with one Linear, stem aside, which ``exclude`` leaves dense.
 
     Args:
         exclude: shell patterns of parameter names to leave dense, for example ``("conv1.weight",)`` for a stem.
+        linear: the paper's rule: convolutions and Linear layers, except the head, for which the last Linear in the
+            order of the modules is taken. False: convolutions only, as the code has it.
 
     Raises:
-        ConfigError: a pattern that matches no convolution, or nothing left to prune.
+        ConfigError: a pattern that matches no such layer, or nothing left to prune.
     """
-    convolutions = torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d
+    layers = {f"{name}.weight" if name else "weight": part for name, part in model.named_modules()}
+    heads = [name for name, part in layers.items() if isinstance(part, nn.Linear)]
     weights = {
-        f"{name}.weight" if name else "weight": m.weight
-        for name, m in model.named_modules()
-        if isinstance(m, convolutions)
+        name: part.weight
+        for name, part in layers.items()
+        if isinstance(part, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        or (linear and isinstance(part, nn.Linear) and name != heads[-1])
     }
+    what = "convolution or hidden Linear" if linear else "convolution"
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in weights):
             raise ConfigError(
-                f"exclude pattern {pattern!r} matches no convolution",
+                f"exclude pattern {pattern!r} matches no {what}",
                 expected=f"patterns of {', '.join(list(weights)[:4])} …",
                 fix="mend or drop the pattern",
             )
@@ -42,7 +52,7 @@ def dense_masks(model: torch.nn.Module, *, exclude: Sequence[str] = ()) -> dict[
     }
     if not chosen:
         raise ConfigError(
-            "no convolution is left to prune", expected="a network with convolutions", fix="exclude fewer layers"
+            f"no {what} is left to prune", expected=f"a network with a {what}", fix="exclude fewer layers"
         )
     return chosen
 
@@ -63,26 +73,6 @@ def prune_lowest(weights: Mapping[str, torch.Tensor], masks: Masks, rate: float)
     """
     if not 0.0 < rate < 1.0:
         raise ConfigError(f"pruning rate {rate}", expected="a number inside (0, 1)", fix="choose for example 0.2")
-    magnitudes = torch.cat([weights[name].detach()[mask].abs().double() for name, mask in masks.items()])  # [survivors]
-    if not bool(torch.isfinite(magnitudes).all()):
-        raise TicketError(
-            "trained weights hold NaN or infinite entries",
-            expected="finite weights to rank",
-            fix="lower the learning rate and train again",
-        )
-    count = round(rate * len(magnitudes))
-    survives = torch.ones(len(magnitudes), dtype=torch.bool)
-    survives[torch.argsort(magnitudes, stable=True)[:count]] = False
-    pruned, first = {}, 0
-    for name, mask in masks.items():
-        alive = int(mask.sum())
-        pruned[name] = mask.clone()
-        pruned[name][mask] = survives[first : first + alive]
-        first += alive
-        if not bool(pruned[name].any()):
-            raise TicketError(
-                f"pruning the smallest {rate:.0%} leaves layer {name!r} without a weight",
-                expected="at least one weight in every layer",
-                fix="prune less: a lower rate or fewer rounds, or exclude that layer",
-            )
-    return pruned
+    alive = sum(int(mask.sum()) for mask in masks.values())
+    share = Fraction(alive - round(rate * alive), sum(mask.numel() for mask in masks.values()))
+    return unstructured(magnitude(weights, masks), masks, share)

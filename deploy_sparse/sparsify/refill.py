@@ -5,16 +5,23 @@ The kept channels are filled up whole, the others vanish. A pure function of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import torch
 
-from ..errors import ConfigError, TicketError
-from ..structure import ChannelGroup, Masks, Producer, Slice
-from .scores import channel_l1, top
+from ..errors import ConfigError
+from ..structure import ChannelGroup, Masks
+from .channel_scores import weight_l1
+from .distribution import exact
+from .patterns import Pool, Width, channels, row_pools, silent_pools, whole
+from .silence import silence
 
 Coupling = Literal["layer", "group"]
+Budget = Literal["paper", "code"]
 
 
 def refill(
@@ -22,107 +29,115 @@ def refill(
     weights: Mapping[str, torch.Tensor],
     groups: Sequence[ChannelGroup],
     *,
+    scores: Mapping[str, torch.Tensor] | None = None,
     coupling: Coupling = "layer",
     multiple: int = 1,
+    extra: float = 0.0,
+    budget: Budget = "paper",
+    silent: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Channel-wise masks at the density of the given ones.
 
-    A layer of c_out channels with n weights each and N survivors keeps max(1, ⌈N / n⌉) channels: those with the
-    largest ℓ1 norm of surviving weights, ties by index. The masks are *silent*: with a channel's row go its bias and
-    the scale and shift of its norm, and, once every layer writing the channel dropped it, the columns that read it. So
-    the channel is zero everywhere and can be cut out without changing the function.
+    A layer of c_out channels with n weights each and N survivors has a budget of q = N / n channels and keeps
+    max(1, ⌈q⌉) of them: those with the largest scores, ties by index.
 
     Args:
         masks: an IMP round's masks; only layers with a mask lose channels.
         weights: the same round's trained weights.
-        groups: the network's channel groups.
+        groups: the network's channel groups; with ``silent=False`` and ``coupling="layer"`` there may be none.
+        scores: ``[c_out]`` by weight name, from :func:`channel_scores.channel_scores`; by default the ℓ1 norm of the
+            surviving weights, which the paper found best (Fig. A8).
         coupling: ``"layer"``, the paper's rule: each layer chooses its own channels, so a residual stream keeps the
             union of what its layers keep. ``"group"``: layers that write one residual stream choose together, by the
             sum of their scores and at their common density, so that the stream itself gets narrower.
         multiple: round the number of kept channels up to this multiple (never above c_out); 1 is the paper's rule.
+        extra: refill+: the share of the dropped channels that is taken back, so that the budget is
+            q + extra · (c_out - q).
+        budget: ``"paper"`` rounds the budget up, ``"code"`` keeps one more than it rounded down, as the public code
+            does; they differ where the budget is a whole number.
+        silent: True: with a channel's row go its bias and the scale and shift of its norm, and, once every layer
+            writing the channel dropped it, the columns that read it. So the channel is zero everywhere and can be cut
+            out without changing the function. Channels that something else in the network needs (pinned groups) stay
+            whole, and depthwise filters stay exactly where their channel does. False, the published variant: rows of
+            weights are masked and nothing else, in every layer, depthwise ones included, at its own density.
 
     Returns:
-        masks by parameter name for weights, biases and norms. Every row is empty, or whole but for the input channels
-        that their producers let go.
+        masks by parameter name, for weights and, when silent, for biases and norms too. Every row is empty, or whole
+        but for the input channels that their producers let go.
 
     Raises:
-        TicketError: a mask that belongs to no producer of any group.
-        ConfigError: ``multiple`` below 1.
+        TicketError: a mask that belongs to no layer of any group, or scores that do not fit.
+        ConfigError: ``multiple`` below 1, ``extra`` outside [0, 1], or an unknown coupling or budget.
     """
-    if multiple < 1:
-        raise ConfigError(f"multiple {multiple}", expected="1 or more", fix="use 1 for the paper's rule")
-    _refuse_unknown(masks, groups)
-    result = {name: torch.ones_like(weights[name], dtype=torch.bool) for name in masks}
-    for group in groups:
-        if group.pinned is not None:
+    _refuse_unknown("coupling", coupling, ("layer", "group"))
+    _refuse_unknown("budget", budget, ("paper", "code"))
+    if scores is None:
+        scores = {name: weight_l1(weights[name], mask) for name, mask in masks.items()}
+    own = {name: Fraction(int(mask.sum()), mask.numel()) for name, mask in masks.items()}
+    pools = _pools(masks, groups, together=coupling == "group", silent=silent)
+    rows = channels(scores, masks, own, pools, width=_width(extra, budget, multiple))
+    return silence(rows, weights, groups) if silent else rows
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """What refill (or any other change of structure) made of one layer.
+
+    Attributes:
+        layer: the weight's name.
+        kept: output channels with a surviving weight.
+        channels: all its output channels, c_out.
+        before: density of its mask before.
+        refilled: share of its weights in kept channels, the papers' "remaining weights".
+        after: density of its mask, which no longer counts input channels that their producers let go.
+        partly_filled: kept channels that lack a position which another kept channel has; 0 after refill.
+    """
+
+    layer: str
+    kept: int
+    channels: int
+    before: float
+    refilled: float
+    after: float
+    partly_filled: int
+
+
+def refill_report(before: Masks, after: Masks) -> tuple[LayerChange, ...]:
+    """One entry for each weight that is masked before and after, in order."""
+    found = []
+    for name, old in before.items():
+        if name not in after or old.dim() < 2:
             continue
-        kept = [_kept_channels(p, group, masks, weights, multiple) for p in group.producers]
-        if coupling == "group":
-            kept = [_kept_together(group, masks, weights, multiple)] * len(kept)
-        for producer, channels in zip(group.producers, kept, strict=True):
-            for part in (producer.weight, producer.bias, *producer.norms):
-                _drop_(result, weights, part, ~channels)
-        dead = ~torch.stack(kept).any(dim=0)  # [size]: every producer let it go
-        for part in (*group.shared, *group.consumers):
-            _drop_(result, weights, part, dead)
-    return result
+        cells = after[name].reshape(len(old), -1)  # [c_out, n]
+        kept = cells.any(dim=1)
+        partly = int((cells[kept] != cells.any(dim=0)).any(dim=1).sum())
+        shares = (float(old.float().mean()), int(kept.sum()) / len(old), float(cells.float().mean()))
+        found.append(LayerChange(name, int(kept.sum()), len(old), *shares, partly))
+    return tuple(found)
 
 
-def _kept_channels(
-    producer: Producer, group: ChannelGroup, masks: Masks, weights: Mapping[str, torch.Tensor], multiple: int
-) -> torch.Tensor:
-    name = producer.weight.name
-    if name not in masks:
-        return torch.ones(group.size, dtype=torch.bool)
-    mask = masks[name]
-    survivors, per_channel = int(mask.sum()), mask[0].numel()
-    scores = _by_channel(channel_l1(weights[name], mask), producer.weight, group.size)
-    return top(scores, _budget(survivors, per_channel, group.size, multiple))
+def _pools(masks: Masks, groups: Sequence[ChannelGroup], *, together: bool, silent: bool) -> list[Pool]:
+    if silent:
+        return silent_pools(masks, groups, together=together)
+    if not together:
+        return row_pools(masks)
+    joint = silent_pools(masks, groups, together=True)
+    taken = {rows.name for pool in joint for rows in pool}
+    return joint + row_pools({name: mask for name, mask in masks.items() if name not in taken})
 
 
-def _kept_together(
-    group: ChannelGroup, masks: Masks, weights: Mapping[str, torch.Tensor], multiple: int
-) -> torch.Tensor:
-    if any(p.weight.name not in masks for p in group.producers):
-        return torch.ones(group.size, dtype=torch.bool)  # a layer that must stay dense keeps the whole stream
-    scores = torch.zeros(group.size, dtype=torch.float64)
-    survivors = per_channel = 0
-    for producer in group.producers:
-        mask = masks[producer.weight.name]
-        scores += _by_channel(channel_l1(weights[producer.weight.name], mask), producer.weight, group.size)
-        survivors, per_channel = survivors + int(mask.sum()), per_channel + mask[0].numel()
-    return top(scores, _budget(survivors, per_channel, group.size, multiple))
+def _width(extra: float, budget: Budget, multiple: int) -> Width:
+    if not 0.0 <= extra <= 1.0:
+        raise ConfigError(f"extra {extra}", expected="a number in [0, 1]", fix="0 is refill, more is refill+")
+    rounded, share = whole(multiple), exact(extra)
+
+    def width(channels: Fraction, size: int) -> int:
+        softened = channels + share * (size - channels)
+        return rounded(softened if budget == "paper" else Fraction(math.floor(softened) + 1), size)
+
+    return width
 
 
-def _budget(survivors: int, per_channel: int, size: int, multiple: int) -> int:
-    channels = max(1, -(-survivors // per_channel))  # max(1, ⌈density · c_out⌉) without rounding errors
-    return min(size, -(-channels // multiple) * multiple)
-
-
-def _by_channel(scores: torch.Tensor, rows: Slice, size: int) -> torch.Tensor:
-    """Scores by row ``[c_out]`` as scores by the group's channel ``[size]``."""
-    channels = torch.tensor(rows.channels)
-    own = channels >= 0
-    return torch.zeros(size, dtype=scores.dtype).index_add_(0, channels[own], scores[own])
-
-
-def _drop_(
-    result: dict[str, torch.Tensor], weights: Mapping[str, torch.Tensor], part: Slice | None, dropped: torch.Tensor
-) -> None:
-    if part is None or not bool(dropped.any()):
-        return
-    mask = result.setdefault(part.name, torch.ones_like(weights[part.name], dtype=torch.bool))
-    channels = torch.tensor(part.channels)  # [positions along dim]
-    positions = ((channels >= 0) & dropped[channels.clamp(min=0)]).nonzero().flatten()
-    mask.index_fill_(part.dim, positions, False)
-
-
-def _refuse_unknown(masks: Masks, groups: Sequence[ChannelGroup]) -> None:
-    produced = {producer.weight.name for group in groups for producer in group.producers}
-    for name in masks:
-        if name not in produced:
-            raise TicketError(
-                f"mask {name!r} belongs to no layer that writes channels of the traced network",
-                expected=f"masks of {', '.join(sorted(produced)[:4])} …",
-                fix="use masks and channel groups of the same network",
-            )
+def _refuse_unknown(what: str, given: str, known: tuple[str, ...]) -> None:
+    if given not in known:
+        raise ConfigError(f"{what} {given!r}", expected=f"one of {', '.join(known)}", fix="choose one of them")

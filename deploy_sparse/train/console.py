@@ -54,6 +54,16 @@ class Console:
         self.say(title)
 
 
+class Silence(Console):
+    """Says nothing at all: for the processes of a distributed run that are not its first."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+
+    def _print(self, text: str) -> None:
+        pass
+
+
 class Task:
     """A running piece of work."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -16,11 +17,15 @@ class Interrupts:
 
     Args:
         resume: the command that continues, for the message.
+        grace_s: a further signal this soon after the first is the same one: torchrun passes on what the terminal
+            has sent to all processes already.
     """
 
-    def __init__(self, resume: str) -> None:
+    def __init__(self, resume: str, *, grace_s: float = 0.0) -> None:
         self.resume = resume
+        self.grace_s = grace_s
         self.received: int | None = None
+        self._received_at = 0.0
         self._previous: dict[int, object] = {}
 
     def poll(self, saved: str = "everything finished so far is saved") -> None:
@@ -39,7 +44,8 @@ class Interrupts:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received, self._received_at = number, time.monotonic()
+        elif time.monotonic() - self._received_at >= self.grace_s:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.received = number

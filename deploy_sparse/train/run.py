@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import artifact
-from ..config import differences
+from ..config import differences, flatten
 from ..errors import ArtifactError, RunError
-from .console import Console
+from .console import Console, Silence
+from .distributed import poll_together, world
 
 T = TypeVar("T")
 
@@ -25,12 +26,14 @@ T = TypeVar("T")
 class Run:
     """An open run folder. Make one with :func:`open_run`.
 
+    Under torchrun every process holds one; only the first process writes and prints through it.
+
     Attributes:
         folder: where everything goes.
         recipe: the recipe's name.
         config: the full configuration as JSON values.
         console: for progress.
-        poll: raises when the run was asked to stop; call it in every long loop.
+        poll: raises when this process was asked to stop; call it in every long loop outside a stage.
         command: the command that continues this run.
         origin: the command that started it.
     """
@@ -47,16 +50,18 @@ class Run:
     def once(self, name: str, make: Callable[[], T], save: Callable[[T, Path], Any], load: Callable[[Path], T]) -> T:
         """The stage ``name``: loaded when an earlier attempt finished it, otherwise made and saved.
 
+        Under torchrun every process calls this alike, and the first one's folder decides.
+
         Args:
             make: computes the value.
             save: writes it atomically to a folder or file.
             load: reads it back, verifying it.
         """
-        self.poll()
+        poll_together(self.poll)
         target = self.folder / name
-        if target.exists():
+        if world().agree(target.exists()):
             try:
-                value = load(target)
+                value = world().main_first(lambda: load(target))
             except ArtifactError as problem:
                 raise ArtifactError(
                     problem.given, expected=problem.expected, fix=f"remove {target} and continue with: {self.command}"
@@ -64,12 +69,14 @@ class Run:
             self.console.say(f"{name}: already there")
             return value
         value = make()
-        save(value, target)
-        self.poll()
+        world().main_only(lambda: save(value, target))
+        poll_together(self.poll)
         return value
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row to ``metrics.jsonl``, unless an earlier attempt did."""
+        if not world().main:
+            return
         path, line = self.folder / "metrics.jsonl", json.dumps(row) + "\n"
         with artifact.writing(path), open(path, "a+") as stream:
             stream.seek(0)
@@ -78,11 +85,13 @@ class Run:
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write ``run.json`` with status ``finished`` and the result."""
+        if not world().main:
+            return
         artifact.write_json(self.folder / "run.json", {**self._description("finished"), "result": dict(result)})
 
     def interrupted(self, why: str) -> None:
         """Write ``run.json`` with status ``interrupted``; a finished run stays finished."""
-        if artifact.read_json(self.folder / "run.json").get("status") == "finished":
+        if not world().main or artifact.read_json(self.folder / "run.json").get("status") == "finished":
             return
         artifact.write_json(self.folder / "run.json", {**self._description("interrupted"), "why": why})
 
@@ -95,6 +104,7 @@ class Run:
             "updated": _now(),
             "command": self.command,
             "origin": self.origin,
+            "processes": world().size,
             "config": dict(self.config),
             "environment": artifact.environment(),
         }
@@ -114,34 +124,52 @@ def open_run(
 ) -> Iterator[Run]:
     """Start a run in a free folder, or continue the one in it; the folder is locked while open.
 
+    Under torchrun every process opens the run alike; the first one looks, decides and holds the lock.
+
     Args:
-        changeable: tables of the configuration that may differ when a run is continued, because no earlier result
-            depends on them.
+        changeable: keys of the configuration, or whole tables, that may differ when a run is continued, because no
+            earlier result depends on them.
 
     Raises:
         RunError: the folder holds another run, other files, a run of another configuration, or a running process.
         ArtifactError: the folder cannot be written.
     """
     folder = Path(folder)
-    _refuse_foreign(folder, resume)
-    with artifact.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        _refuse_occupied(folder, resume)
-        previous = _previous(folder, recipe, config, changeable, console)
-        origin = previous.get("origin", command.removesuffix(" --resume"))
-        run = Run(folder, recipe, config, console, poll, command, origin, previous.get("started", _now()))
+    previous: dict[str, Any] = {}
+    with contextlib.ExitStack() as held:
+        world().main_only(lambda: previous.update(_taken(folder, recipe, config, resume, changeable, console, held)))
+        facts = [previous.get("origin", command.removesuffix(" --resume")), previous.get("started", _now())]
+        run = Run(folder, recipe, config, console if world().main else Silence(), poll, command, *world().agree(facts))
         if previous.get("status") != "finished":
-            artifact.write_json(folder / "run.json", run._description("running"))
-        for leftover in folder.rglob(".tmp-*"):  # of a killed process: this one holds the lock
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        _cut_torn_line(folder / "metrics.jsonl")
+            world().main_only(lambda: artifact.write_json(folder / "run.json", run._description("running")))
         try:
             yield run
         except BaseException as problem:
             with contextlib.suppress(ArtifactError):
                 run.interrupted(str(problem).splitlines()[0] if str(problem) else type(problem).__name__)
             raise
+
+
+def _taken(
+    folder: Path,
+    recipe: str,
+    config: Mapping[str, Any],
+    resume: bool,
+    changeable: tuple[str, ...],
+    console: Console,
+    held: contextlib.ExitStack,
+) -> dict[str, Any]:
+    """Lock the folder, refuse what must not be continued, and sweep; the run that was there, if any."""
+    _refuse_foreign(folder, resume)
+    with artifact.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    held.enter_context(_locked(folder))
+    _refuse_occupied(folder, resume)
+    previous = _previous(folder, recipe, config, changeable, console)
+    for leftover in folder.rglob(".tmp-*"):  # of a killed process: this one holds the lock
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    _cut_torn_line(folder / "metrics.jsonl")
+    return previous
 
 
 def _refuse_foreign(folder: Path, resume: bool) -> None:
@@ -189,12 +217,9 @@ def _previous(
     if not (folder / "run.json").is_file():
         return {}
     found = read_run(folder)
-    changed = differences(
-        *(
-            {k: v for k, v in c.items() if k not in changeable}
-            for c in (found["config"], json.loads(json.dumps(config)))
-        )
-    )
+    before, now = (dict(flatten(c)) for c in (found["config"], json.loads(json.dumps(config))))
+    fixed = [k for k in {**before, **now} if not any(f"{k}.".startswith(f"{free}.") for free in changeable)]
+    changed = differences(*({k: c[k] for k in fixed if k in c} for c in (before, now)))
     if found.get("recipe") != recipe:
         changed.insert(0, f"recipe: {found.get('recipe')} -> {recipe}")
     if changed:
@@ -203,7 +228,10 @@ def _previous(
             expected="the configuration it was started with",
             fix="drop these changes to continue it, or start a new run with --out DIR",
         )
-    elsewhere = differences(found.get("environment", {}), artifact.environment())
+    elsewhere = differences(
+        {**found.get("environment", {}), "processes": found.get("processes", 1)},
+        {**artifact.environment(), "processes": world().size},
+    )
     if elsewhere:
         console.warn(
             f"this run was started elsewhere, its numbers may differ in the last digits: {'; '.join(elsewhere)}"

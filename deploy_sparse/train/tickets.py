@@ -1,7 +1,8 @@
-"""Trainings that end in tickets: fresh, or from the rewind point; each one is a stage of a run and done once."""
+"""Trainings that end in tickets: fresh, or from a rewind point; each one is a stage of a run and done once."""
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,10 +14,17 @@ import torch
 from .. import artifact
 from ..data.splits import Splits
 from ..errors import ArtifactError
+from ..sparsify.method import Method
 from ..structure import Masks
 from ..ticket import ModelRef, Provenance, Ticket
-from .loop import FitConfig, Fitted, Method, State, copy_state, fit
+from .board import Board
+from .distributed import world
+from .loop import Fitted, fit
+from .rewind import RewindPoint as RewindPoint
 from .run import Run
+from .runtime import Runtime
+from .schedule import FitConfig, check_start
+from .step import State, copy_state
 
 
 @dataclass(frozen=True)
@@ -25,18 +33,20 @@ class DenseStage:
 
     Attributes:
         best: its best weights on validation, the baseline everything is compared with.
-        rewind: its weights and BatchNorm statistics at the start of the rewind epoch.
         last: its weights after the last epoch.
+        rewind: weights, BatchNorm statistics and optimizer state at the start of the rewind epoch.
+        initial: the weights it started from.
     """
 
     best: Ticket
-    rewind: Ticket
     last: Ticket
+    rewind: RewindPoint
+    initial: Ticket
 
 
 @dataclass(frozen=True)
 class TicketTrainer:
-    """Trains tickets in one run's folder.
+    """Trains tickets in one run's folder. Under torchrun every process makes the same calls.
 
     Attributes:
         run: the open run.
@@ -45,6 +55,7 @@ class TicketTrainer:
         model: which network that is.
         data: what is trained on.
         fit: how.
+        runtime: where, and in which precision.
         seed: order and augmentation of the data.
         config: everything the tickets depend on, as JSON values; kept in their provenance and compared on resume.
     """
@@ -55,84 +66,119 @@ class TicketTrainer:
     model: ModelRef
     data: Splits
     fit: FitConfig
+    runtime: Runtime
     seed: int
     config: Mapping[str, Any] = field(repr=False)
 
     def dense(self, method: Method, masks: Masks, *, rewind_epoch: int) -> DenseStage:
-        """Train the dense network as stage ``rounds/0``; leaves ``dense`` and ``rewind`` beside it."""
-        folders = {name: self.run.folder / name for name in ("rewind", "dense")}
+        """Train the dense network as stage ``rounds/0``; leaves ``dense``, ``rewind`` and ``initial`` beside it.
+
+        Raises:
+            ConfigError: a rewind epoch behind the last one.
+        """
+        check_start(self.fit, rewind_epoch)
+        beside = {name: self.run.folder / name for name in ("initial", "rewind", "rewind_momentum", "dense")}
 
         def make() -> DenseStage:
-            fitted = self._fit("rounds/0", copy_state(self.factory()), method, rewind_epoch)
+            initial = copy_state(self.factory())
+            fitted = self._fit("rounds/0", initial, 0, {}, method, rewind_epoch)
             assert fitted.early is not None
             early = self._ticket(fitted.early, {}, None, {})
             return DenseStage(
-                self._ticket(fitted.best, {}, None, _metrics(fitted)),
-                early,
-                self._ticket(fitted.last, masks, None, _metrics(fitted)),
+                self._ticket(fitted.best, {}, None, _metrics(fitted, 0)),
+                self._ticket(fitted.last, masks, None, _metrics(fitted, 0)),
+                RewindPoint(early, rewind_epoch, fitted.early_momentum),
+                self._ticket(initial, {}, None, {}),
             )
 
         def save(stage: DenseStage, folder: Path) -> None:
-            for name, ticket in (("rewind", stage.rewind), ("dense", stage.best)):
-                shutil.rmtree(folders[name], ignore_errors=True)  # of an attempt that did not finish this stage
-                ticket.save(folders[name])
+            for leftover in beside.values():  # of an attempt that did not finish this stage
+                shutil.rmtree(leftover, ignore_errors=True)
+            stage.initial.save(beside["initial"])
+            stage.rewind.save(beside["rewind"])
+            stage.best.save(beside["dense"])
             stage.last.save(folder)  # last: its folder says that the stage is finished
 
         def load(folder: Path) -> DenseStage:
-            return DenseStage(self._load(folders["dense"]), self._load(folders["rewind"]), self._load(folder))
+            rewind = RewindPoint.load(beside["rewind"])
+            self._check(rewind.ticket, beside["rewind"])
+            return DenseStage(self._load(beside["dense"]), self._load(folder), rewind, self._load(beside["initial"]))
 
         return self.run.once("rounds/0", make, save, load)
 
-    def train(self, name: str, start: Ticket, method: Method, masks: Masks, *, keep: Literal["last", "best"]) -> Ticket:
-        """Train from ``start`` (weights and BatchNorm; the optimizer starts afresh) and keep the last or best weights.
+    def train(
+        self, name: str, start: RewindPoint, method: Method, masks: Masks, *, keep: Literal["last", "best"]
+    ) -> Ticket:
+        """Train from ``start`` to the end of the schedule and keep the last or best weights.
 
         Args:
             name: the stage, a folder in the run.
+            start: weights, BatchNorm statistics, optimizer state (masked by the method) and epoch.
             method: what holds the masks during training.
             masks: the ticket's masks.
         """
 
         def make() -> Ticket:
-            fitted = self._fit(name, dict(start.weights), method, None)
+            fitted = self._fit(name, start.ticket.weights, start.epoch, start.momentum, method, None)
             weights = fitted.best if keep == "best" else fitted.last
-            return self._ticket(weights, masks, start.hash, _metrics(fitted))
+            return self._ticket(weights, masks, start.ticket.hash, _metrics(fitted, start.epoch))
 
         def load(folder: Path) -> Ticket:
             ticket = self._load(folder)
             same = ticket.masks.keys() == masks.keys() and all(
                 torch.equal(ticket.masks[k], m) for k, m in masks.items()
             )
-            if ticket.provenance.parent != start.hash or not same:
+            parent, epoch = ticket.provenance.parent, ticket.provenance.metrics.get("first_epoch")
+            if (parent, epoch) != (start.ticket.hash, start.epoch) or not same:
                 raise ArtifactError(
                     f"{folder} was made from another rewind point or other masks",
-                    expected=f"a ticket made from {start.hash[:12]} under this stage's masks",
+                    expected=f"a ticket made from {start.ticket.hash[:12]}, epoch {start.epoch}, "
+                    "under this stage's masks",
                     fix=f"remove {folder}",
                 )
             return ticket
 
         return self.run.once(name, make, Ticket.save, load)
 
-    def _fit(self, name: str, start: State, method: Method, keep_epoch: int | None) -> Fitted:
+    def _fit(
+        self,
+        name: str,
+        weights: Mapping[str, torch.Tensor],
+        epoch: int,
+        momentum: Mapping[str, torch.Tensor],
+        method: Method,
+        keep_epoch: int | None,
+    ) -> Fitted:
         network = self.factory()
-        network.load_state_dict(start)
-        with self.run.console.task(name, self.fit.epochs) as progress:
+        network.load_state_dict(dict(weights))
+        wanted = self.runtime.config.tensorboard and world().main
+        with (
+            self.run.console.task(name, self.fit.epochs) as progress,
+            Board(self.run.folder / "tensorboard" / name, on=wanted) as board,
+        ):
 
             def on_epoch(row: Mapping[str, Any]) -> None:
                 self.run.log({"training": name, **row})
+                board.add(row)
                 progress.advance(row["epoch"] + 1, f"validation {row['validation_accuracy']:.2%}")
 
-            return fit(
+            fitted = fit(
                 network,
                 self.data,
                 self.fit,
                 method,
                 seed=self.seed,
                 checkpoints=self.run.folder / "checkpoints" / name.replace("/", "-"),
+                runtime=self.runtime,
+                start_epoch=epoch,
+                momentum=momentum,
                 keep_epoch=keep_epoch,
                 poll=self.run.poll,
                 on_epoch=on_epoch,
                 warn=self.run.console.warn,
             )
+        world().check_same(_digest(fitted.last, fitted.best, method.masks), f"the weights of {name}")
+        return fitted
 
     def _ticket(self, weights: State, masks: Masks, parent: str | None, metrics: Mapping[str, float]) -> Ticket:
         provenance = Provenance(
@@ -147,7 +193,9 @@ class TicketTrainer:
         return Ticket(weights, masks, self.model, provenance)
 
     def _load(self, folder: Path) -> Ticket:
-        ticket = Ticket.load(folder)
+        return self._check(Ticket.load(folder), folder)
+
+    def _check(self, ticket: Ticket, folder: Path) -> Ticket:
         if ticket.provenance.config != self.config:
             raise ArtifactError(
                 f"{folder} is a ticket of another configuration",
@@ -157,5 +205,18 @@ class TicketTrainer:
         return ticket
 
 
-def _metrics(fitted: Fitted) -> dict[str, float]:
-    return {"validation_accuracy": fitted.validation_accuracy, "best_epoch": fitted.best_epoch}
+def _metrics(fitted: Fitted, first_epoch: int) -> dict[str, float]:
+    return {
+        "validation_accuracy": fitted.validation_accuracy,
+        "best_epoch": fitted.best_epoch,
+        "first_epoch": first_epoch,
+    }
+
+
+def _digest(*states: Mapping[str, torch.Tensor]) -> str:
+    found = hashlib.sha256()
+    for state in states:
+        for name in sorted(state):
+            found.update(name.encode())
+            found.update(state[name].detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -88,7 +88,7 @@ class _Subject:
 def deliver(
     *,
     dense: Ticket,
-    ticket: Ticket,
+    ticket: Ticket | None,
     factory: Factory,
     example_inputs: tuple[torch.Tensor, ...],
     evaluate: Callable[[Predict], float],
@@ -103,6 +103,7 @@ def deliver(
     """Deploy ``dense`` and ``ticket`` side by side and write everything under ``folder``.
 
     Args:
+        ticket: None to deploy the dense network alone.
         factory: constructs the dense architecture.
         example_inputs: real inputs, batch of 2 or more first; what surgery is verified and ONNX is traced with.
         evaluate: the metric (0..1) of a function from an image batch ``[N, C, H, W]`` to logits ``[N, classes]``;
@@ -121,24 +122,31 @@ def deliver(
         ArtifactError: an earlier result in ``folder`` is damaged or of another ticket.
     """
     targets = [load_target(name) for name in config.targets]
-    plan, small = _surgery(ticket, factory, example_inputs, folder, targets[0].width_multiple if config.align else 1)
-    say(f"surgery: verified equal, {plan.cost_after.macs / plan.cost_before.macs:.1%} of the MACs stay")
-    poll()
     network = factory()
     network.load_state_dict(dense.masked_weights())
+    networks = {"dense": (network.eval(), dense.hash)}
+    provenance, extra = [f"Dense network {dense.hash[:16]}"], list(tables)
+    if ticket is not None:
+        multiple = targets[0].width_multiple if config.align else 1
+        plan, small = _surgery(ticket, factory, example_inputs, folder, multiple)
+        networks["ticket"] = small, ticket.hash
+        provenance += [f"Ticket {ticket.hash[:16]}", f"Compact network verified: {plan.parity}"]
+        extra.append(_layers(plan))
+        say(f"surgery: verified equal, {plan.cost_after.macs / plan.cost_before.macs:.1%} of the MACs stay")
+    poll()
     subjects = [
-        _Subject(name, origin.hash, export_onnx(module, example_inputs, folder / "onnx" / f"{name}.onnx"))
-        for name, module, origin in (("dense", network.eval(), dense), ("ticket", small, ticket))
+        _Subject(name, digest, export_onnx(module, example_inputs, folder / "onnx" / f"{name}.onnx"))
+        for name, (module, digest) in networks.items()
     ]
-    say("export: both networks agree with their ONNX graphs in ONNX Runtime")
+    verb = "agree with their ONNX graphs" if len(networks) > 1 else "agrees with its ONNX graph"
+    say(f"export: {' and '.join(networks)} {verb} in ONNX Runtime")
     engines, not_built = _engines(targets, subjects, folder / "engines", poll, say)
     records = _timed(engines, subjects, evaluate, config, folder / "records.jsonl", poll, say)
-    extra = [*tables, _layers(plan)]
     if not_built:
         extra.append(Table("Targets not built", ("target", "why"), tuple(not_built.items())))
     text = ReportText(
         title=title,
-        provenance=(f"Ticket {ticket.hash[:16]}", f"Compact network verified: {plan.parity}"),
+        provenance=tuple(provenance),
         tables=tuple(extra),
         conditions=(("command", command),) if command else (),
     )

@@ -2,14 +2,16 @@
 
 import argparse
 import importlib.util
+import json
 import re
 import shlex
 import shutil
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
-from recipe_runs import SMALL
+from recipe_runs import REGROUP, SMALL
 
 from deploy_sparse.cli.main import VERBS, main
 from deploy_sparse.tune.run_report import load_report, write_report_files
@@ -53,15 +55,19 @@ def test_every_command_of_the_readme_runs(workplace, capsys):
     }
     for words in commands:
         if words[1] == "run":  # the small run: the whole one is `make demo`
-            words += SMALL if "--resume" in words else [*SMALL, "--out", "runs/fresh"]
+            small = {"imp_refill": SMALL, "imp_regroup": REGROUP}[words[2]]
+            words += small if "--resume" in words else [*small, "--out", f"runs/fresh-{words[2]}"]
         assert main(words[1:]) == 0, (words, capsys.readouterr().err)
 
 
 def test_every_example_of_the_help_is_a_command_that_parses():
     """Each verb's examples name its own options; what they need (runs, engines) is made by other tests."""
     for verb in VERBS:
-        for line in import_module(f"deploy_sparse.cli.{verb}").EXAMPLES.strip().splitlines():
+        lines = import_module(f"deploy_sparse.cli.{verb}").EXAMPLES.splitlines()
+        for line in [line for line in lines if line.startswith("  ")]:
             words = shlex.split(line)
+            if words[0] == "torchrun":
+                words = ["deploy-sparse", *words[words.index("deploy_sparse.cli.main") + 1 :]]
             assert words[:2] == ["deploy-sparse", verb]
             parser = argparse.ArgumentParser(allow_abbrev=False)
             import_module(f"deploy_sparse.cli.{verb}").configure(parser)
@@ -99,13 +105,33 @@ def test_every_relative_link_resolves(page):
         assert link.startswith("https://") or (page.parent / link).exists(), link
 
 
-def test_the_readmes_numbers_are_the_records():
-    specification = importlib.util.spec_from_file_location("keep", ROOT / "benchmarks" / "keep.py")
-    keep = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(keep)
-    readme = (ROOT / "README.md").read_text()
+def script(name):
+    specification = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_the_pages_numbers_are_the_records():
+    keep = script("keep")
+    readme, reproduction = (page.read_text() for page in keep.PAGES)
     assert keep.RECORD.findall(readme)
-    assert keep.with_tables(readme) == readme
+    assert keep.RESULTS.findall(reproduction)
+    for text in (readme, reproduction):
+        assert keep.with_tables(text) == text
+
+
+RESULTS = sorted((ROOT / "benchmarks/records").rglob("results.jsonl"))
+SCRIPTS = {"densities": "densities", "tickets-resnet_synthetic": "tickets", "mask-cost": "mask_cost", "regroup-quality": "regroup_quality"}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: str(p.parent.relative_to(ROOT)))
+def test_committed_tables_are_rendered_from_their_records(path):
+    module = script(SCRIPTS[path.parent.name])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows[0]["environment"]["torch"]
+    assert module.text(rows) == path.with_suffix(".md").read_text()
 
 
 @pytest.mark.parametrize("folder", RECORDS, ids=lambda p: str(p.relative_to(ROOT)))

@@ -10,8 +10,13 @@ from pathlib import Path
 
 SMALL = [
     "--model.arguments", "{widths = [16, 16, 32]}", "--fit.epochs", "3", "--fit.warmup_epochs", "0", "--fit.checkpoint_every", "1", "--imp.rounds", "2",
-    "--refill.rounds", "[1, 2]", "--refill.multiple", "4", "--threads", "1", "--deploy.targets", '["cpu"]',
+    "--refill.rounds", "[1, 2]", "--refill.multiple", "4", "--runtime.threads", "1", "--deploy.targets", '["cpu"]',
     "--deploy.batches", "[1]", "--deploy.duration_s", "0.1",
+]  # fmt: skip
+
+REGROUP = [
+    "--data.arguments", "{train_images = 200, validation_images = 50, test_images = 50}", "--fit.epochs", "2", "--runtime.threads", "1", "--imp.rounds", "1",
+    "--regroup.rounds", "[1]", "--deploy.targets", '["cpu"]', "--deploy.batches", "[1]", "--deploy.duration_s", "0.05",
 ]  # fmt: skip
 
 

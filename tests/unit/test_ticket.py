@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from deploy_sparse import Ticket
 from deploy_sparse.artifact import write_artifact
 from deploy_sparse.errors import ArtifactError, TicketError
-from deploy_sparse.structure import Channels, Dense, Unstructured, density, row_density, structure_of
+from deploy_sparse.structure import Block, Blocks, Channels, Dense, Unstructured, density, row_density, structure_of
 from deploy_sparse.ticket import ModelRef, Provenance
 
 
@@ -155,6 +155,17 @@ def test_summary_is_json():
     assert summary["layers"][0]["layer"] == "conv.weight"
 
 
+def test_the_summary_counts_blocks():
+    mask = torch.zeros(20, 3, 3, 3, dtype=torch.bool)
+    mask[:8, :2] = mask[8:18, 1, 1] = True
+    summary = make((20, 3, 3, 3), masks={"conv.weight": mask}).summary()
+    assert summary["layers"] == [
+        {"layer": "conv.weight", "shape": [20, 3, 3, 3], "structure": "blocks", "blocks": 2, "of": 20,
+         "rows": [8, 10], "columns": [18, 3], "density": round(174 / 540, 6)}
+    ]  # fmt: skip
+    assert json.loads(json.dumps(summary)) == summary
+
+
 def test_a_consistent_artifact_that_is_no_ticket_is_refused(tmp_path):
     body = {"model": {"name": "n", "arguments": [], "input_shape": []}, "provenance": {"method": "m"}, "masks": {}}
     for number, (payload, changed) in enumerate(
@@ -183,7 +194,8 @@ def test_views_of_a_larger_tensor_are_saved_alone(tmp_path):
 def test_masked_kernel_positions_are_no_channels():
     taps = torch.zeros(4, 3, 3, 3, dtype=torch.bool)
     taps[:, :, 0] = True
-    assert structure_of(taps) == Unstructured(pytest.approx(1 / 3))
+    block = Block((0, 1, 2, 3), (0, 1, 2, 9, 10, 11, 18, 19, 20))
+    assert structure_of(taps) == Blocks((block,))
 
 
 def test_the_share_of_weights_in_kept_channels():

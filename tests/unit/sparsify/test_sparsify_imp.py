@@ -15,7 +15,7 @@ def weights_of(seed, *shapes):
     return {f"w{i}": torch.randn(*shape, generator=generator) for i, shape in enumerate(shapes)}
 
 
-@given(st.integers(0, 99), st.integers(1, 6), st.floats(0.05, 0.5))
+@given(st.integers(0, 99), st.integers(1, 6), st.floats(0.05, 0.3))
 @settings(max_examples=40, deadline=None)
 def test_density_after_r_rounds_is_the_power_of_what_stays(seed, rounds, rate):
     weights = weights_of(seed, (8, 4, 3, 3), (16, 8, 1, 1), (5, 7, 3, 3))
@@ -71,14 +71,31 @@ def test_weights_that_are_not_finite_are_refused():
         prune_lowest({"a": torch.tensor([1.0, float("nan")])}, {"a": torch.ones(2, dtype=torch.bool)}, 0.5)
 
 
-def test_only_convolutions_are_prunable_and_patterns_exclude():
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Sequential(nn.Conv2d(2, 2, 1)), nn.Linear(2, 2))
-    assert set(dense_masks(model)) == {"0.weight", "2.0.weight"}
-    assert set(dense_masks(model, exclude=("0.*",))) == {"2.0.weight"}
-    with pytest.raises(ConfigError, match=r"'9.weight' matches no convolution[\s\S]*0.weight, 2.0.weight"):
-        dense_masks(model, exclude=("9.weight",))
-    with pytest.raises(ConfigError, match="no convolution is left to prune"):
+def test_everything_but_the_head_is_prunable_and_patterns_exclude():
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Sequential(nn.Conv2d(2, 2, 1)), nn.Linear(2, 3), nn.Linear(3, 2)
+    )
+    found = dense_masks(model)
+    assert set(found) == {"0.weight", "2.0.weight", "3.weight"}
+    assert all(
+        bool(m.all()) and m.dtype == torch.bool and m.shape == model.get_parameter(n).shape for n, m in found.items()
+    )
+    assert set(dense_masks(model, exclude=("0.*",))) == {"2.0.weight", "3.weight"}
+    with pytest.raises(
+        ConfigError, match=r"'4.weight' matches no convolution or hidden Linear[\s\S]*0.weight, 2.0.weight"
+    ):
+        dense_masks(model, exclude=("4.weight",))
+    with pytest.raises(ConfigError, match="no convolution or hidden Linear is left to prune"):
         dense_masks(nn.Linear(2, 2))
+
+
+def test_the_public_codes_rule_prunes_convolutions_only():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(2, 3), nn.Linear(3, 2))
+    assert set(dense_masks(model, linear=False)) == {"0.weight"}
+    with pytest.raises(ConfigError, match=r"'1.weight' matches no convolution\n"):
+        dense_masks(model, exclude=("1.weight",), linear=False)
+    with pytest.raises(ConfigError, match="no convolution is left to prune"):
+        dense_masks(model[1:], linear=False)
 
 
 def test_a_layer_that_would_lose_its_last_weight_is_named():

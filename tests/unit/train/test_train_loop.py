@@ -3,55 +3,16 @@
 import pytest
 import torch
 from torch import nn
+from train_samples import CONFIG, MASKS, STEPS, GradientMemory, StopAfter, network, same, splits, train
 
-from deploy_sparse.data.splits import Split, Splits
 from deploy_sparse.errors import ConfigError, Interrupted, TicketError
 from deploy_sparse.sparsify.method import Method, StaticMasks
+from deploy_sparse.train.average import MovingAverage
 from deploy_sparse.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from deploy_sparse.train.loop import FitConfig, accuracy, copy_state, fit, learning_rate
-
-CONFIG = FitConfig(epochs=3, batch_size=8, lr=0.05, warmup_epochs=1, checkpoint_every=1, shift=1)
-STEPS = 3 * 3
-
-
-def splits(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def split(count):
-        labels = torch.arange(count) % 3
-        images = torch.randn(count, 1, 4, 4, generator=generator) + labels[:, None, None, None]
-        return Split(images, labels)
-
-    return Splits("toy", 3, split(26), split(12), split(12))
-
-
-def network():
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
-
-
-MASKS = {"0.weight": torch.tensor([True, True, False, True]).reshape(4, 1, 1, 1).expand(4, 1, 3, 3)}
-
-
-class StopAfter:
-    def __init__(self, polls):
-        self.left = polls
-
-    def __call__(self, saved):
-        self.left -= 1
-        if self.left < 0:
-            raise Interrupted(f"stopped: {saved}", signal_number=15, fix="go on")
-
-
-def train(folder, poll=lambda saved: None, **options):
-    model = network()
-    return fit(
-        model, splits(), CONFIG, StaticMasks(MASKS), seed=3, checkpoints=folder, keep_epoch=1, poll=poll, **options
-    )
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+from deploy_sparse.train.evaluate import accuracy
+from deploy_sparse.train.loop import FitConfig, fit
+from deploy_sparse.train.runtime import RuntimeConfig, start_runtime
+from deploy_sparse.train.step import TrainStep, copy_state
 
 
 @pytest.fixture(scope="module")
@@ -59,18 +20,49 @@ def undisturbed(tmp_path_factory):
     return train(tmp_path_factory.mktemp("whole"))
 
 
+def assert_equal(resumed, whole):
+    assert same(resumed.last, whole.last)
+    assert same(resumed.best, whole.best)
+    assert same(resumed.early, whole.early)
+    assert same(resumed.early_momentum, whole.early_momentum)
+    assert (resumed.best_epoch, resumed.validation_accuracy) == (whole.best_epoch, whole.validation_accuracy)
+
+
 @pytest.mark.parametrize("step", range(STEPS))
 def test_interrupted_at_any_step_ends_with_the_same_bits(tmp_path, undisturbed, step):
     with pytest.raises(Interrupted, match=f"saved at step {step}"):
         train(tmp_path, StopAfter(step))
-    resumed = train(tmp_path)
-    assert same(resumed.last, undisturbed.last)
-    assert same(resumed.best, undisturbed.best)
-    assert same(resumed.early, undisturbed.early)
-    assert (resumed.best_epoch, resumed.validation_accuracy) == (
-        undisturbed.best_epoch,
-        undisturbed.validation_accuracy,
-    )
+    assert_equal(train(tmp_path), undisturbed)
+
+
+VARIANTS = {
+    "moving average": {"config": CONFIG.model_copy(update={"ema": 0.9})},
+    "no momentum": {"config": CONFIG.model_copy(update={"momentum": 0.0})},
+    "plain momentum": {"config": CONFIG.model_copy(update={"nesterov": False, "schedule": "step"})},
+    "method with a state": {"method": GradientMemory},
+    "bf16, channels last": {"runtime": {"precision": "bf16", "channels_last": True}},
+    "late start": {"start_epoch": 1, "momentum": {"0.weight": torch.ones(4, 1, 3, 3)}, "keep_epoch": 2},
+}
+
+
+def variant(name):
+    options = dict(VARIANTS[name])
+    if "method" in options:
+        options["method"] = options["method"]()
+    if "runtime" in options:
+        options["runtime"] = start_runtime(RuntimeConfig(device="cpu", threads=1, **options["runtime"]))
+    return options
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_kind_of_training_resumes_exactly(tmp_path, undisturbed, name):
+    whole = train(tmp_path / "whole", **variant(name))
+    for step in (1, 4):
+        folder = tmp_path / str(step)
+        with pytest.raises(Interrupted):
+            train(folder, StopAfter(step), **variant(name))
+        assert_equal(train(folder, **variant(name)), whole)
+    assert not same(whole.last, undisturbed.last)  # the variant does something
 
 
 def test_interrupted_again_and_again(tmp_path, undisturbed):
@@ -93,17 +85,66 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(tmp_path, undisturb
     assert "passing over a damaged checkpoint" in said[0]
 
 
-def test_masks_hold_in_every_state_that_is_returned(undisturbed):
-    for state in (undisturbed.last, undisturbed.best):
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_masks_hold_in_every_state_that_is_returned(tmp_path, ema):
+    fitted = train(tmp_path, config=CONFIG.model_copy(update={"ema": ema}))
+    for state in (fitted.last, fitted.best, fitted.early, fitted.early_momentum):
         assert bool((state["0.weight"][~MASKS["0.weight"]] == 0).all())
+        assert bool((state["0.weight"][MASKS["0.weight"]] != 0).any())
 
 
 def test_the_kept_epoch_is_its_start(tmp_path, undisturbed):
-    first = fit(network(), splits(), CONFIG, StaticMasks(MASKS), seed=3, checkpoints=tmp_path, keep_epoch=0)
+    first = train(tmp_path, keep_epoch=0)
     started = network()
     StaticMasks(MASKS).start_(started)
     assert same(first.early, copy_state(started))
+    assert first.early_momentum == {}
     assert not same(first.early, undisturbed.early)
+    assert undisturbed.early_momentum.keys() == dict(started.named_parameters()).keys()
+
+
+def test_the_rest_of_a_training_from_its_kept_epoch_is_the_training_itself(tmp_path, undisturbed):
+    model = network()
+    model.load_state_dict(undisturbed.early)
+    options = {"seed": 3, "start_epoch": 1}
+    rest = fit(model, splits(), CONFIG, StaticMasks(MASKS), checkpoints=tmp_path / "a", momentum=undisturbed.early_momentum, **options)  # fmt: skip
+    assert same(rest.last, undisturbed.last)
+    model.load_state_dict(undisturbed.early)
+    fresh = fit(model, splits(), CONFIG, StaticMasks(MASKS), checkpoints=tmp_path / "b", **options)
+    assert not same(fresh.last, undisturbed.last)
+
+
+def test_momentum_of_masked_weights_is_not_taken_up(tmp_path):
+    seen = []
+
+    class Watching(StaticMasks):
+        def after_backward_(self, model, step):
+            seen.append(model[0].weight.detach().clone())
+
+    momentum = {"0.weight": torch.full((4, 1, 3, 3), 5.0)}
+    runtime = start_runtime(RuntimeConfig(device="cpu", threads=1))
+    training = TrainStep(network(), CONFIG, Watching(MASKS), runtime, momentum)
+    buffer = training.optimizer.state[training.model[0].weight]["momentum_buffer"]
+    assert torch.equal(buffer, 5.0 * MASKS["0.weight"])
+
+
+def test_hooks_get_the_model_itself_the_step_and_dense_gradients(tmp_path):
+    seen = []
+
+    class Watching(StaticMasks):
+        def after_backward_(self, model, step):
+            masked = model[0].weight.grad[~self.masks["0.weight"]]
+            seen.append(("backward", type(model), step, bool((masked != 0).any())))
+
+        def after_step_(self, model, optimizer, step):
+            super().after_step_(model, optimizer, step)
+            seen.append(("step", type(model), step, bool((model[0].weight[~self.masks["0.weight"]] == 0).all())))
+
+    model = network()
+    with torch.no_grad():
+        model[1].bias.fill_(1.0)  # dead rows still get gradients through a live BatchNorm
+    fit(model, splits(), CONFIG, Watching(MASKS), seed=3, checkpoints=tmp_path, start_epoch=2)
+    assert seen == [(kind, nn.Sequential, step, True) for step in (6, 7, 8) for kind in ("backward", "step")]
 
 
 def test_the_best_epoch_is_the_earliest_with_the_best_validation_accuracy(tmp_path):
@@ -114,6 +155,17 @@ def test_the_best_epoch_is_the_earliest_with_the_best_validation_accuracy(tmp_pa
     assert fitted.best_epoch == next(row["epoch"] for row in rows if row["validation_accuracy"] == best)
     model.load_state_dict(fitted.best)
     assert accuracy(model, splits().validation) == fitted.validation_accuracy == best
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert all(0 < row["loss"] < 5 and 0 <= row["learning_rate"] <= CONFIG.lr for row in rows)
+
+
+def test_rows_are_the_same_after_a_resume(tmp_path):
+    whole, parts = [], []
+    train(tmp_path / "whole", on_epoch=whole.append)
+    with pytest.raises(Interrupted):
+        train(tmp_path / "parts", StopAfter(4), on_epoch=parts.append)
+    train(tmp_path / "parts", on_epoch=parts.append)
+    assert parts == whole
 
 
 def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path):
@@ -124,19 +176,63 @@ def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path):
         fit(model, splits(), CONFIG, Method(), seed=0, checkpoints=tmp_path)
 
 
-def test_a_batch_larger_than_the_data_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"fit.batch_size = 64[\s\S]*at most 26"):
-        fit(network(), splits(), FitConfig(batch_size=64), Method(), seed=0, checkpoints=tmp_path)
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (FitConfig(batch_size=64), {}, r"fit.batch_size = 64[\s\S]*at most 26"),
+        (CONFIG, {"start_epoch": 3}, r"starts at epoch 3 with fit.epochs = 3[\s\S]*from 0 to 2"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(tmp_path, config, options, message):
+    with pytest.raises(ConfigError, match=message):
+        fit(network(), splits(), config, Method(), seed=0, checkpoints=tmp_path, **options)
 
 
-def test_learning_rate_warms_up_and_decays():
-    config = FitConfig(epochs=11, warmup_epochs=1, lr=1.0)
-    assert learning_rate(config, 0) < 0.01
-    assert learning_rate(config, 1) == pytest.approx(1.0)
-    assert learning_rate(config, 6) == pytest.approx(0.5)
-    assert learning_rate(config, 11) == pytest.approx(0.0, abs=1e-12)
-    stepped = FitConfig(epochs=8, warmup_epochs=0, lr=1.0, schedule="step")
-    assert [round(learning_rate(stepped, e), 6) for e in (0, 3.9, 4, 6)] == [1.0, 1.0, 0.1, 0.01]
+def test_augmentation_can_be_left_out(tmp_path, undisturbed):
+    plain = train(tmp_path, config=CONFIG.model_copy(update={"augment": False}))
+    assert not same(plain.last, undisturbed.last)
+
+
+def test_the_moving_average_is_the_one_it_says():
+    """Weights and running statistics averaged, counters copied."""
+    model, decay = network(), 0.3
+    average, expected = MovingAverage(model, decay), copy_state(model)
+    for number in range(4):
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                tensor.add_(1)
+        average.update_(model)
+        keep = min(decay, (1 + number) / (10 + number))
+        new = copy_state(model)
+        expected = {k: keep * expected[k] + (1 - keep) * v if v.is_floating_point() else v for k, v in new.items()}
+    for name, tensor in average.module.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name])
+    assert int(average.module[1].num_batches_tracked) == 4
+
+
+def test_the_average_is_evaluated_and_kept_and_the_model_is_rewound_to(tmp_path):
+    rows, model = [], network()
+    config = CONFIG.model_copy(update={"ema": 0.9})
+    fitted = fit(model, splits(), config, Method(), seed=3, checkpoints=tmp_path, keep_epoch=1, on_epoch=rows.append)
+    assert not same(fitted.last, copy_state(model))
+    kept = network()
+    kept.load_state_dict(fitted.last)
+    assert accuracy(kept, splits().validation) == rows[-1]["validation_accuracy"]
+    plain = train(tmp_path / "plain", method=Method())
+    assert same(fitted.early, plain.early)
+
+
+def test_the_average_obeys_masks_that_moved(tmp_path):
+    class Moving(StaticMasks):
+        def after_step_(self, model, optimizer, step):
+            if step == 5:
+                self.__init__(MASKS)
+                self.start_(model)
+            super().after_step_(model, optimizer, step)
+
+    fitted = train(tmp_path, config=CONFIG.model_copy(update={"ema": 0.9}), method=Moving({}))
+    assert bool((fitted.last["0.weight"][~MASKS["0.weight"]] == 0).all())
+    assert bool((fitted.last["0.weight"][MASKS["0.weight"]] != 0).all())
 
 
 def test_only_the_two_newest_checkpoints_stay(tmp_path):

@@ -3,12 +3,14 @@
 import io
 import json
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from deploy_sparse import artifact
 from deploy_sparse.errors import ArtifactError, Interrupted, RunError
-from deploy_sparse.train.console import Console
+from deploy_sparse.train.console import Console, Silence
 from deploy_sparse.train.interrupt import Interrupts
 from deploy_sparse.train.run import open_run
 
@@ -242,3 +244,62 @@ def test_a_reader_that_left_does_not_stop_the_work():
             raise BrokenPipeError
 
     Console(Closed()).say("news")
+
+
+def test_a_key_that_nothing_depends_on_may_change_and_its_neighbours_may_not(tmp_path):
+    runtime = {"workers": 0, "precision": "fp32"}
+    with opened(tmp_path / "run", config={"runtime": runtime}):
+        pass
+    free = ("runtime.workers",)
+    with opened(tmp_path / "run", resume=True, config={"runtime": {**runtime, "workers": 4}}, changeable=free):
+        pass
+    with (
+        pytest.raises(RunError, match=r"another configuration: runtime.precision: fp32 -> bf16\n"),
+        opened(tmp_path / "run", resume=True, config={"runtime": {"workers": 4, "precision": "bf16"}}, changeable=free),
+    ):
+        pass
+
+
+def test_another_number_of_processes_is_said(tmp_path):
+    with opened(tmp_path / "run"):
+        pass
+    path = tmp_path / "run" / "run.json"
+    path.write_text(path.read_text().replace('"processes": 1', '"processes": 2'))
+    stream = io.StringIO()
+    with opened(tmp_path / "run", resume=True, console=Console(stream)):
+        pass
+    assert "processes: 2 -> 1" in stream.getvalue()
+
+
+def test_an_echo_of_a_signal_is_not_a_second_one():
+    with Interrupts("again", grace_s=60.0) as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Interrupted, match="stopped by SIGINT"):
+            interrupts.poll()
+
+
+def test_a_second_signal_acts_at_once():
+    program = (
+        "import signal, time\n"
+        "from deploy_sparse.train.interrupt import Interrupts\n"
+        "with Interrupts('again'):\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        "    time.sleep(60)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGTERM
+
+
+def test_silence_says_nothing(capsys):
+    silent = Silence()
+    silent.say("news")
+    silent.warn("careful")
+    with silent.task("training", 1) as progress:
+        progress.advance(1)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_reading_a_run_needs_no_torch():
+    program = "import sys, deploy_sparse.train.run; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"False\n"

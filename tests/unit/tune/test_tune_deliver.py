@@ -141,3 +141,18 @@ def test_unknown_targets_and_batches_outside_the_range_are_refused_early():
         check_deploy(DeployConfig(targets=("cpuu",)))
     with pytest.raises(ConfigError, match=r"deploy.batches holds 0[\s\S]*batches from 1"):
         check_deploy(DeployConfig(batches=(0,)))
+
+
+def test_the_dense_network_is_delivered_alone_when_there_is_no_ticket(tmp_path):
+    dense, _ = tickets()
+    said = []
+    result = deliver(
+        dense=dense, ticket=None, factory=network, example_inputs=(torch.randn(4, 1, 6, 6),), evaluate=lambda predict: 0.5, folder=tmp_path,
+        config=DeployConfig(targets=("cpu",), batches=(1,), duration_s=0.05), title="alone", say=said.append,
+    )  # fmt: skip
+    assert [row[0] for row in result["timed"]["rows"]] == ["dense"]
+    assert result["verdicts"] == []
+    assert not (tmp_path / "compact").exists()
+    assert [p.name for p in (tmp_path / "onnx").glob("*.onnx")] == ["dense.onnx"]
+    assert "nothing to compare" in (tmp_path / "report.md").read_text()
+    assert any("dense agrees with its ONNX graph" in line for line in said)

@@ -1,0 +1,106 @@
+"""The rounds of IMP and of the other mask sources (Chen et al. 2022, Algorithms 1 and 4, section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from ..sparsify.imp import dense_masks, prune_lowest
+from ..sparsify.method import Method, StaticMasks
+from ..sparsify.oneshot import source_masks
+from ..sparsify.schedule import geometric
+from ..structure import Masks
+from ..ticket import Ticket
+from ..train.tickets import DenseStage, RewindPoint
+from .config import ImpConfig, rewind_epoch
+from .prepare import Work
+
+
+@dataclass(frozen=True)
+class Round:
+    """One finished round.
+
+    Attributes:
+        number: 1 for the first.
+        masks: the round's masks.
+        trained: the network trained under them; its weights are what structure is scored with.
+        start: where a structural ticket of this round starts to train.
+    """
+
+    number: int
+    masks: Masks
+    trained: Ticket
+    start: RewindPoint
+
+
+class Structure(Protocol):
+    """Turns a round's masks into structural ones, silent or with the producers' rows alone."""
+
+    def __call__(self, found: Round, *, silent: bool) -> Masks: ...
+
+
+def train_dense(work: Work, imp: ImpConfig) -> DenseStage:
+    """Train the dense network and remember the rewind point."""
+    masks = dense_masks(work.trainer.factory(), exclude=imp.exclude, linear=imp.linear)
+    return work.trainer.dense(Method(), masks, rewind_epoch=rewind_epoch(work.config.fit, imp))
+
+
+def mask_rounds(
+    work: Work, dense: DenseStage, imp: ImpConfig, wanted: tuple[int, ...], structure: Structure
+) -> Iterator[Round]:
+    """Rounds up to the last wanted one; those of a one-shot source only where wanted.
+
+    Args:
+        wanted: rounds of which structural tickets are made.
+        structure: group-aware IMP applies it after every round, to the masks the round goes on to train under,
+            scored with the weights that were pruned.
+    """
+    point = _start(dense.rewind, imp)
+    trained = dense.last
+    left: Masks = dense.last.masks  # what the next round prunes from
+    for number in range(1, max(wanted) + 1):
+        if imp.source != "imp" and number not in wanted:
+            continue
+        if imp.source == "imp":
+            left = prune_lowest(trained.weights, left, imp.rate)
+        else:
+            left = _one_shot(work, dense, imp, number)
+        masks: Masks = left
+        if imp.group_aware:
+            found = Round(number, left, trained, point)
+            masks = structure(found, silent=True)
+            # Silent masks lack the columns of dropped channels too: counted as pruned they would hasten every round.
+            rows = structure(found, silent=False)
+            left = {name: rows[name] for name in left}
+        if imp.rewind == "finetune":
+            point = RewindPoint(trained)
+        trained = work.trainer.train(f"rounds/{number}", point, StaticMasks(masks), masks, keep="last")
+        yield Round(number, masks, trained, RewindPoint(trained) if imp.rewind == "finetune" else point)
+
+
+def structural_ticket(work: Work, round: Round, masks: Masks) -> Ticket:
+    """Train the round's structural ticket as stage ``tickets/<number>``; the best epoch on validation is kept."""
+    return work.trainer.train(f"tickets/{round.number}", round.start, StaticMasks(masks), masks, keep="best")
+
+
+def _start(rewind: RewindPoint, imp: ImpConfig) -> RewindPoint:
+    return rewind if imp.retrain == "rest" else replace(rewind, epoch=0, momentum={})
+
+
+def _one_shot(work: Work, dense: DenseStage, imp: ImpConfig, number: int) -> dict[str, torch.Tensor]:
+    """One-shot magnitude prunes the trained network, all others the initial one (section 5)."""
+    weights = dense.last.weights if imp.source == "magnitude" else dense.initial.weights
+    found = source_masks(
+        imp.source,
+        work.network(weights),
+        dense.last.masks,
+        geometric(imp.rate, number),
+        batches=work.score_batches(imp.score_batches),
+        example_inputs=(work.data.train.head(2).to(work.runtime.device),),
+        seed=work.config.seed + number,
+        distribution=imp.distribution,
+    )
+    return {name: mask.cpu() for name, mask in found.items()}

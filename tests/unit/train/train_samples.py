@@ -1,0 +1,94 @@
+"""A toy data set and network, and trainings of them that stop where a test wants."""
+
+import torch
+from torch import nn
+
+from deploy_sparse.data.splits import Augmentation, Split, Splits
+from deploy_sparse.errors import Interrupted
+from deploy_sparse.sparsify.method import Method, StaticMasks
+from deploy_sparse.train.loop import FitConfig, fit
+
+CONFIG = FitConfig(epochs=3, batch_size=8, lr=0.05, warmup_epochs=1, checkpoint_every=1)
+STEPS = 3 * 3
+MASKS = {"0.weight": torch.tensor([True, True, False, True]).reshape(4, 1, 1, 1).expand(4, 1, 3, 3)}
+
+
+def splits(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def split(count):
+        labels = torch.arange(count) % 3
+        images = torch.randn(count, 1, 4, 4, generator=generator) + labels[:, None, None, None]
+        return Split(images, labels)
+
+    return Splits("toy", 3, (1, 4, 4), split(26), split(12), split(12), Augmentation(shift=1))
+
+
+class Backwards(nn.Sequential):
+    """Layers registered from the last to the first."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        for number, layer in reversed(list(enumerate(layers))):
+            self.add_module(str(number), layer)
+
+    def forward(self, images):
+        for number in range(len(self)):
+            images = self.get_submodule(str(number))(images)
+        return images
+
+
+def network():
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+        )
+
+
+def backwards():
+    """Wide enough that the order in which gradients are sent decides the order in which they are summed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        first = (nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+        return Backwards(*first, nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 3))
+
+
+class StopAfter:
+    def __init__(self, polls):
+        self.left = polls
+
+    def __call__(self, *saved):
+        self.left -= 1
+        if self.left < 0:
+            raise Interrupted(f"stopped: {' '.join(saved)}", signal_number=15, fix="go on")
+
+
+class GradientMemory(Method):
+    """A method with a state of its own: sums gradients, and lets the sum act on the weights."""
+
+    def start_(self, model):
+        self.total = torch.zeros_like(model[0].weight)
+
+    def after_backward_(self, model, step):
+        self.total = 0.9 * self.total + model[0].weight.grad
+
+    @torch.no_grad()
+    def after_step_(self, model, optimizer, step):
+        model[0].weight.sub_(0.01 * (step + 1) * self.total)
+
+    def state(self):
+        return {"total": self.total}
+
+    def restore_(self, state):
+        self.total = state["total"].clone()
+
+
+def train(folder, poll=lambda saved: None, *, config=CONFIG, method=None, **options):
+    method = method or StaticMasks(MASKS)
+    options = {"keep_epoch": 1, **options}
+    return fit(network(), splits(), config, method, seed=3, checkpoints=folder, poll=poll, **options)
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
