@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +18,14 @@ from .config import Config
 from .engine.target import load_target
 from .errors import ConfigError, TicketError, nearest
 from .sparsify import entry_scores
+from .sparsify._passes import held_batches
 from .sparsify.channel_scores import OF_DATA, channel_scores
 from .sparsify.distribution import Distribution, densities
 from .sparsify.imp import dense_masks
 from .sparsify.oneshot import SOURCES, source_masks
-from .sparsify.patterns import blocks, channels, silence, silent_pools, whole
-from .sparsify.regroup import RegroupRule
-from .structure import ChannelGroup
+from .sparsify.patterns import channels, silence, silent_pools, whole
+from .sparsify.regroup import RegroupRule, grouped_convolutions, regroup
+from .structure import ChannelGroup, density
 from .surgery.compact import Compact
 from .surgery.compact import compact as compact_ticket
 from .surgery.compact import load_compact as load_compact_folder
@@ -109,7 +111,7 @@ def oneshot_ticket(
     distribution: Distribution | None = None,
     multiple: int = 1,
     rule: RegroupRule | None = None,
-    exclude: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     seed: int = 0,
     reference: ModelRef | None = None,
 ) -> Ticket:
@@ -120,7 +122,9 @@ def oneshot_ticket(
         example_inputs: one tensor with a batch axis, or the tuple of positional inputs, on the model's device.
         pattern: ``"channels"``: whole output channels, chosen together by all layers that a residual sum couples, so
             that the network really gets narrower. ``"unstructured"``: single weights of the convolutions and Linear
-            layers, but not of the last Linear. ``"blocks"``: those gathered into dense blocks by regroup.
+            layers, but not of the head. ``"blocks"``: those gathered into dense blocks by regroup; the ticket's metrics
+            say how many layers no block was found in (``dense_layers``) and, as for all patterns, the ``density`` of
+            the masked layers.
         sparsity: what goes, in [0, 1). Channels: of every group of coupled layers that can be narrowed, that share of
             its channels, rounded so that ⌈(1 - sparsity) · c_out⌉ stay; what reads them goes besides. Otherwise: that
             share of the prunable weights. Other distributions than ``"uniform"`` spread the share of weights.
@@ -134,21 +138,21 @@ def oneshot_ticket(
         distribution: ``"uniform"``, ``"global"``, or ``"erk"``; uniform for channels and global for weights by default.
         multiple: round the kept channels of a group up to this multiple.
         rule: how blocks are formed; by default as many positions as the sparsity leaves, where most magnitude lies.
-        exclude: shell patterns of weight names to leave dense; what they are coupled with stays dense with them.
+        exclude: shell patterns of weight names to leave dense, or one; what they are coupled with stays dense too.
         seed: for ``"random"``.
         reference: which network this is, for example ``ModelRef("resnet18", input_shape=(3, 32, 32))`` from the zoo;
             by default the caller's own, whose factory :func:`compact` then wants.
 
     Raises:
-        ConfigError: an unknown pattern, score or distribution, a value out of range, missing batches, or nothing that
-            could be pruned.
+        ConfigError: an unknown pattern, score or distribution, a value out of range, batches that are missing or are
+            none, or nothing that could be pruned.
         TicketError: a layer would lose its last weight, or weights are not finite.
         SurgeryError: the network cannot be traced.
     """
     _refuse_unknown("pattern", pattern, tuple(_SCORES))
     _refuse_unknown(f"score for pattern {pattern!r}:", score, _SCORES[pattern])
-    if not 0.0 <= sparsity < 1.0:
-        raise ConfigError(f"sparsity {sparsity}", expected="a number in [0, 1)", fix="0.5 takes one half out")
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0.0 <= sparsity < 1.0:
+        raise ConfigError(f"sparsity {sparsity!r}", expected="a number in [0, 1)", fix="0.5 takes one half out")
     for name, idle in (("multiple", multiple != 1 and pattern != "channels"), ("rule", rule and pattern != "blocks")):
         if idle:
             raise ConfigError(
@@ -156,9 +160,13 @@ def oneshot_ticket(
                 expected="multiple for channels, rule for blocks",
                 fix=f"leave {name} out, or choose the other pattern",
             )
-    inputs, held = as_tuple(example_inputs), list(batches)
+    sparsity, exclude = float(sparsity), (exclude,) if isinstance(exclude, str) else tuple(exclude)
     distribution = distribution or ("uniform" if pattern == "channels" else "global")
+    _refuse_unknown("unknown distribution", distribution, ("uniform", "global", "erk"))
+    inputs, held = as_tuple(example_inputs), held_batches(batches)
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    metrics: dict[str, float] = {}
+    whys: list[str] = []
     if pattern == "channels":
         groups = channel_groups(model, inputs)
         choice = _Choice(model, weights, 1.0 - sparsity, score, distribution, held, seed)
@@ -179,7 +187,19 @@ def oneshot_ticket(
         if pattern == "blocks":
             rule = rule or RegroupRule(rule="budget")
             groups = channel_groups(model, inputs) if silent else ()
-            masks = blocks(_without_grouped(model, masks), weights, groups, rule=rule, silent=silent)
+            found = regroup(masks, weights, groups, rule=rule, silent=silent, dense=grouped_convolutions(model))
+            masks = dict(found.masks)
+            metrics["dense_layers"] = sum(layer.outcome == "dense" for layer in found.layers)
+            whys = list(dict.fromkeys(layer.reason for layer in found.layers))
+    if sparsity > 0 and all(bool(mask.all()) for mask in masks.values()):
+        raise ConfigError(
+            f"sparsity {sparsity} with pattern {pattern!r}, by which nothing goes{': ' * bool(whys)}{'; '.join(whys)}",
+            expected="a network that loses at least one weight",
+            fix="prune more, or let blocks be smaller: rule=RegroupRule('budget', tile=16, empty='prune')"
+            if pattern == "blocks"
+            else "a higher sparsity",
+        )
+    metrics["density"] = round(density(masks), 6)
     shape = tuple(inputs[0].shape[1:]) if len(inputs) == 1 else ()
     config = {
         "pattern": pattern,
@@ -201,6 +221,7 @@ def oneshot_ticket(
             seed,
             data={"samples": sum(len(labels) for _, labels in held)} if held else {},
             versions=environment(),
+            metrics=metrics,
         ),
     ).validate(model)
 
@@ -266,20 +287,10 @@ def _channel_masks(
     return channels(scores, masks, shares, pools, width=whole(multiple))
 
 
-def _without_grouped(model: torch.nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The masks but those of grouped convolutions, where a column is not one input channel; depthwise ones remain."""
-    grouped = {
-        f"{name}.weight"
-        for name, part in model.named_modules()
-        if isinstance(part, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d) and 1 < part.groups < part.in_channels
-    }
-    return {name: mask for name, mask in masks.items() if name not in grouped}
-
-
 def _refuse_unknown(what: str, given: str, known: tuple[str, ...]) -> None:
     if given not in known:
         raise ConfigError(
             f"{what} {given!r}",
             expected=f"one of {', '.join(known)}",
-            fix=f"{nearest(given, known)}choose one of them",
+            fix=f"{nearest(str(given), known)}choose one of them",
         )

@@ -7,10 +7,12 @@ known name; values are refused with what the field accepts.
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -25,6 +27,10 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=Config)
+
+
+class Word(str):
+    """A value from the command line, still text: the field it meets decides what it is."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -55,7 +61,7 @@ def config_from(kind: type[C], *layers: Mapping[str, Any], source: str = "the co
     for layer in layers:
         merged = _merge(merged, layer)
     try:
-        return kind.model_validate(merged)
+        return kind.model_validate(_resolved(kind, merged))
     except ValidationError as problem:
         raise _readable(kind, problem.errors()[0], source) from None
 
@@ -63,8 +69,8 @@ def config_from(kind: type[C], *layers: Mapping[str, Any], source: str = "the co
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     """``["--fit.epochs", "3", "--seed=1"]`` as ``{"fit": {"epochs": "3"}, "seed": "1"}``.
 
-    Values stay text and are converted by the field they meet; lists and tables are read as TOML. ``-`` and ``_`` in
-    keys are the same.
+    Values stay text (:class:`Word`) and are converted by the field they meet; lists and tables are read as TOML, and
+    so is what ends up in a free table such as ``model.arguments``. ``-`` and ``_`` in keys are the same.
 
     Raises:
         ConfigError: an argument that is no ``--key value`` pair.
@@ -163,22 +169,62 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    if text[:1] not in ("[", "{"):
-        return text
+    return _from_toml(text) if text[:1] in ("[", "{") else Word(text)
+
+
+def _from_toml(text: str) -> Any:
+    """``text`` as a TOML value; text where it is none, or one that JSON does not have."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        found = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        return text
+        return str(text)
+    value = found["value"]
+    plain = isinstance(value, bool | int | str | list | dict) or (isinstance(value, float) and math.isfinite(value))
+    return value if plain and len(found) == 1 else str(text)
 
 
-_LIST_EXAMPLE = "--{key} '[1, 32]' or --{key} '[\"cpu\"]'"
+def _resolved(annotation: Any, value: Any) -> Any:
+    """``value`` with every :class:`Word` as the annotation wants it; what pydantic converts stays text."""
+    if isinstance(value, Mapping):
+        nested = _nested(annotation)
+        fields = nested.model_fields if nested else {}
+        inner = {key: field.annotation for key, field in fields.items()}
+        return {key: _resolved(inner.get(key, None if nested else Any), part) for key, part in value.items()}
+    if not isinstance(value, Word):
+        return value
+    read = _from_toml(value)
+    known = [word for kind in _kinds(annotation) if get_origin(kind) is Literal for word in get_args(kind)]
+    return read if annotation is Any or type(read) in {type(word) for word in known} else str(value)
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """The annotation without its constraints; of a union, each member."""
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(kind for member in get_args(annotation) for kind in _kinds(member))
+    return (annotation,)
+
+
 _WORDS = {  # what pydantic says in Python's words: what is expected, and an example
-    "int_parsing": ("a whole number", "--{key} 3"),
-    "int_from_float": ("a whole number", "--{key} 3"),
-    "float_parsing": ("a number", "--{key} 0.1"),
-    "tuple_type": ("a list", _LIST_EXAMPLE),
-    "too_short": ("a list with at least one entry", _LIST_EXAMPLE),
+    "int_parsing": ("a whole number", "3"),
+    "int_from_float": ("a whole number", "3"),
+    "float_parsing": ("a number", "0.1"),
+    "tuple_type": ("a list", ""),
+    "too_short": ("a list with at least one entry", ""),
 }
+_ITEMS = {int: "'[1, 2]'", float: "'[0.1, 0.2]'", str: "'[\"cpu\"]'"}
+
+
+def _list_example(kind: type[Config], path: list[str]) -> str:
+    """What to write for the list at ``path``, by the type of its items."""
+    annotation: Any = kind
+    for part in path:
+        nested = _nested(annotation)
+        field = nested.model_fields.get(part) if nested else None
+        annotation = field.annotation if field else Any
+    items = [item for member in _kinds(annotation) for item in get_args(member)[:1]]
+    return next((_ITEMS[base] for item in items for base in _kinds(item) if base in _ITEMS), "'[…]'")
 
 
 def _nested(annotation: Any) -> type[Config] | None:
@@ -202,7 +248,10 @@ def _readable(kind: type[Config], detail: ErrorDetails, source: str) -> ConfigEr
         return ConfigError(f"{key!r} is missing in {source}", expected="a value for it", fix=f"add it: --{key} VALUE")
     if detail["type"] in _WORDS:
         expected, example = _WORDS[detail["type"]]
-        fix = f"for example {example.format(key=key)}"
+        whole = path[: next((i for i, part in enumerate(detail["loc"]) if isinstance(part, int)), len(path))]
+        if not example or whole != path:  # a list, or an entry of one
+            example = _list_example(kind, whole)
+        fix = f"for example --{'.'.join(whole)} {example}"
         return ConfigError(f"{key} = {detail['input']!r} in {source}", expected=expected, fix=fix)
     message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return ConfigError(

@@ -137,6 +137,11 @@ def row_blocks(mask: torch.Tensor) -> tuple[Block, ...] | None:
     return tuple(Block(tuple(rows), tuple(cells[rows[0]].nonzero().flatten().tolist())) for rows in alike.values())
 
 
+def unused_inputs(mask: torch.Tensor) -> int:
+    """Input channels of a weight mask ``[c_out, c_in, ...]`` in which no entry survives."""
+    return int((~mask.reshape(*mask.shape[:2], -1).any(dim=2).any(dim=0)).sum())
+
+
 def row_density(masks: Masks) -> float:
     """Share of weights whose output channel survives, the papers' "remaining weights" of a channel-wise ticket."""
     weights = [m.reshape(len(m), -1) for m in masks.values() if m.dim() > 1]

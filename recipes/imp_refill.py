@@ -4,8 +4,8 @@ Chen et al. 2022, "Coarsening the Granularity: Towards Structurally Sparse Lotte
 
 1. Train the dense network; remember an early epoch i (``imp.rewind_fraction`` of the training): weights, BatchNorm,
    optimizer.
-2. IMP: prune the 20 % of the surviving weights with the smallest magnitude, over all convolutions; go back to the
-   rewind point; train the remaining t - i epochs; repeat for ``imp.rounds`` rounds. ``imp.source`` takes the masks
+2. IMP: prune the 20 % of the surviving weights with the smallest magnitude, over all layers but the head; go back to
+   the rewind point; train the remaining t - i epochs; repeat for ``imp.rounds`` rounds. ``imp.source`` takes the masks
    from elsewhere instead: ``random``, one-shot ``magnitude``, ``snip``, ``grasp``, ``synflow`` (section 5).
 3. Refill: in each layer keep max(1, ⌈density · c_out⌉) channels, those with the highest ``refill.criterion`` on the
    round's own trained weights, fill them up whole and silence the others.
@@ -25,6 +25,8 @@ What to turn:
 * ``refill.budget = "code"`` keeps ⌊q⌋ + 1 channels as the public code does, one more than the paper's rule where the
   survivors fill q whole channels exactly.
 * ``imp.group_aware = true`` structures the masks after every round (Algorithm 4; worse in the paper).
+* ``imp.exclude`` leaves layers dense (the public code spares a ResNet's stem), ``imp.linear = false`` prunes
+  convolutions only, ``imp.distribution`` spreads a one-shot source's density over the layers.
 * ``imp.rewind = "lt"`` goes back to the initialisation, ``"finetune"`` trains on; ``imp.retrain = "full"`` restarts
   optimizer and schedule as the public code does.
 
@@ -43,7 +45,7 @@ from deploy_sparse.train.run import Run
 from deploy_sparse.workflow.config import ImpConfig, StudyConfig, check_imp, check_study
 from deploy_sparse.workflow.finish import choose, deploy, rounds_table
 from deploy_sparse.workflow.prepare import prepare
-from deploy_sparse.workflow.refilled import NOTE, RefillConfig, refilled
+from deploy_sparse.workflow.refilled import NOTE, RefillConfig, channels_table, refilled
 from deploy_sparse.workflow.rounds import mask_rounds, structural_ticket, train_dense
 
 
@@ -68,16 +70,18 @@ def main(config: RecipeConfig, run: Run) -> Mapping[str, Any]:
     structure = partial(refilled, work, rule)
 
     dense = train_dense(work, config.imp)
-    rounds, tickets = {}, {}
+    rounds, tickets, tables = {}, {}, {}
     for found in mask_rounds(work, dense, config.imp, wanted, structure):  # Algorithm 1
         rounds[found.number] = found.trained
         if found.number in wanted:
-            masks = found.masks if config.imp.group_aware else structure(found, silent=True)  # Algorithm 2
+            masks = found.masks if config.imp.group_aware else structure(found)  # Algorithm 2
             tickets[found.number] = structural_ticket(work, found, masks)
+            tables[found.number] = channels_table(found.masks, masks, found.number)
 
-    chosen = choose(dense.best, tickets, rule.tolerance)
-    table = rounds_table("refill", dense, rounds, tickets, chosen, NOTE)
-    return {**deploy(work, dense.best, tickets[chosen], "IMP + refill", [table]), "refill_round": chosen}
+    chosen = choose(dense, tickets, rule.tolerance)
+    summary = rounds_table("refill", dense, rounds, tickets, chosen, NOTE)
+    result = deploy(work, dense.best, tickets[chosen], "IMP + refill", [summary, tables[chosen]])
+    return {**result, "refill_round": chosen}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from deploy_sparse.train.run import Run
 from deploy_sparse.workflow.config import ImpConfig, StudyConfig, check_imp, check_study
 from deploy_sparse.workflow.finish import choose, deploy, rounds_table
 from deploy_sparse.workflow.prepare import prepare
-from deploy_sparse.workflow.refilled import NOTE, RefillConfig, refilled
+from deploy_sparse.workflow.refilled import NOTE, RefillConfig, channels_table, refilled
 from deploy_sparse.workflow.rounds import mask_rounds, structural_ticket, train_dense
 
 
@@ -59,16 +59,18 @@ def main(config: RecipeConfig, run: Run) -> Mapping[str, Any]:
     structure = partial(refilled, work, rule)
 
     dense = train_dense(work, config.imp)
-    rounds, tickets = {}, {}
+    rounds, tickets, tables = {}, {}, {}
     for found in mask_rounds(work, dense, config.imp, wanted, structure):  # Algorithm 1
         rounds[found.number] = found.trained
         if found.number in wanted:
-            masks = found.masks if config.imp.group_aware else structure(found, silent=True)  # Algorithm 2
+            masks = found.masks if config.imp.group_aware else structure(found)  # Algorithm 2
             tickets[found.number] = structural_ticket(work, found, masks)
+            tables[found.number] = channels_table(found.masks, masks, found.number)
 
-    chosen = choose(dense.best, tickets, rule.tolerance)
-    table = rounds_table("refill+", dense, rounds, tickets, chosen, NOTE)
-    return {**deploy(work, dense.best, tickets[chosen], "IMP + refill+", [table]), "refill_round": chosen}
+    chosen = choose(dense, tickets, rule.tolerance)
+    summary = rounds_table("refill+", dense, rounds, tickets, chosen, NOTE)
+    result = deploy(work, dense.best, tickets[chosen], "IMP + refill+", [summary, tables[chosen]])
+    return {**result, "refill_round": chosen}
 
 
 if __name__ == "__main__":

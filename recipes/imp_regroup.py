@@ -4,8 +4,8 @@ Chen et al. 2022, "Coarsening the Granularity: Towards Structurally Sparse Lotte
 
 1. Train the dense network; remember an early epoch i (``imp.rewind_fraction`` of the training): weights, BatchNorm,
    optimizer.
-2. IMP: prune the 20 % of the surviving weights with the smallest magnitude, over all convolutions; go back to the
-   rewind point; train the remaining t - i epochs; repeat for ``imp.rounds`` rounds.
+2. IMP: prune the 20 % of the surviving weights with the smallest magnitude, over all layers but the head; go back to
+   the rewind point; train the remaining t - i epochs; repeat for ``imp.rounds`` rounds.
 3. Regroup: in each layer, group rows (output channels) whose non-zeros lie in similar columns, make (rows × columns
    dense enough in them) a block, every position of which survives, and prune everything outside blocks.
 4. Train each structural ticket from the rewind point. With several ``regroup.rounds``, the sparsest ticket whose
@@ -41,13 +41,20 @@ from pydantic import Field
 
 from deploy_sparse.config import Config
 from deploy_sparse.measure.table import Table
-from deploy_sparse.sparsify.regroup import Regrouped, RegroupRule, layer_table, regroup
+from deploy_sparse.sparsify.regroup import Regrouped, RegroupRule, grouped_convolutions, layer_table, regroup
 from deploy_sparse.structure import Masks
 from deploy_sparse.train.run import Run
 from deploy_sparse.workflow.config import ImpConfig, StudyConfig, check_imp, check_study
 from deploy_sparse.workflow.finish import choose, deploy, rounds_table
 from deploy_sparse.workflow.prepare import prepare
 from deploy_sparse.workflow.rounds import Round, mask_rounds, structural_ticket, train_dense
+
+BLOCKS = (
+    "Density: share of the layer's weights before and after. In blocks: share of the mask's survivors that lie in "
+    "blocks. Fill: share of the blocks' positions that had survived. Magnitude: share of the survivors' ℓ1 norm that "
+    "is kept. A dense layer has no blocks and is not pruned; the total is denser than the mask where many stay dense. "
+    "The engines run blocks as dense layers with zeros."
+)
 
 
 class RegroupConfig(Config):
@@ -101,26 +108,28 @@ def main(config: RecipeConfig, run: Run) -> Mapping[str, Any]:
 
     made: dict[int, Regrouped] = {}
 
-    def structure(found: Round, *, silent: bool) -> Masks:
-        silent = silent and config.regroup.silent
-        blocks = regroup(found.masks, found.trained.weights, work.groups, rule=rule, silent=silent)
-        made.setdefault(found.number, blocks)
-        return blocks.masks
+    grouped = grouped_convolutions(work.trainer.factory())
+
+    def structure(found: Round) -> Masks:
+        made[found.number] = regroup(
+            found.masks, found.trained.weights, work.groups, rule=rule, silent=config.regroup.silent, dense=grouped
+        )
+        return made[found.number].masks
 
     dense = train_dense(work, config.imp)
     rounds, tickets = {}, {}
     for found in mask_rounds(work, dense, config.imp, wanted, structure):  # Algorithm 1
         rounds[found.number] = found.trained
         if found.number in wanted:
-            masks = found.masks if config.imp.group_aware else structure(found, silent=True)  # Algorithm 3
+            masks = found.masks if config.imp.group_aware else structure(found)  # Algorithm 3
             tickets[found.number] = structural_ticket(work, found, masks)
 
-    chosen = choose(dense.best, tickets, config.regroup.tolerance)
+    chosen = choose(dense, tickets, config.regroup.tolerance)
     note = "Shares of the prunable weights. Positions inside blocks count as used, those outside are pruned."
     columns, rows = layer_table(made[chosen].layers)
     tables = [
         rounds_table("regroup", dense, rounds, tickets, chosen, note),
-        Table(f"Blocks of round {chosen}", tuple(columns), tuple(map(tuple, rows))),
+        Table(f"Blocks of round {chosen}", tuple(columns), tuple(map(tuple, rows)), BLOCKS),
     ]
     return {**deploy(work, dense.best, tickets[chosen], "IMP + regroup", tables), "regroup_round": chosen}
 

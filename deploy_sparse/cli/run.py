@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
@@ -23,6 +24,9 @@ EXAMPLES = """  deploy-sparse run imp_refill --config resnet_digits
 
 several GPUs, or several processes on the CPU, train as one:
   torchrun --nproc-per-node 2 -m deploy_sparse.cli.main run imp_refill --config resnet_digits
+
+a stopped run exits with 128 + the signal's number (130 for SIGINT, 143 for SIGTERM), bad input with 2; under torchrun
+the exit code is torchrun's own, 1 for any failure or stop
 """
 TAKES_OVERRIDES = True
 TORCHRUN_GRACE_S = 5.0
@@ -47,6 +51,8 @@ def execute(options: argparse.Namespace) -> int:
                 raise
             if not isinstance(problem, ElsewhereError | Interrupted):  # the first process does not know of it
                 print(f"error: process {world.rank}: {problem.given}", file=sys.stderr, flush=True)
+            if not isinstance(problem, Interrupted):
+                time.sleep(TORCHRUN_GRACE_S)  # torchrun ends all with the first one that fails: let the message out
             return problem.exit_code
 
 

@@ -46,16 +46,18 @@ def execute(options: argparse.Namespace) -> int:
 
 
 def _ticket(path: Path) -> tuple[dict[str, Any], str]:
+    from ..structure import unused_inputs
     from ..ticket import Ticket
 
-    summary = Ticket.load(path).summary()
+    ticket = Ticket.load(path)
+    summary = ticket.summary()
     head = {key: summary[key] for key in ("kind", "hash", "model", "method", "density")} | summary["metrics"]
     rows = [
         (
             layer["layer"],
             "×".join(map(str, layer["shape"])),
             layer["structure"],
-            _kept(layer),
+            _kept(layer, unused_inputs(ticket.masks[layer["layer"]])),
             f"{layer['density']:.1%}",
         )
         for layer in summary["layers"]
@@ -63,10 +65,13 @@ def _ticket(path: Path) -> tuple[dict[str, Any], str]:
     return summary, f"{key_values(head)}\n\n{table(('layer', 'shape', 'structure', 'channels', 'density'), rows)}"
 
 
-def _kept(layer: dict[str, Any]) -> str:
+def _kept(layer: dict[str, Any], unused: int) -> str:
     if "blocks" in layer:
         return f"{sum(layer['rows'])} of {layer['of']} in {layer['blocks']} block{'s' * (layer['blocks'] > 1)}"
-    return f"{layer['kept']} of {layer['of']}" if "kept" in layer else "-"
+    if "kept" not in layer:
+        return "-"
+    kept, inputs = f"{layer['kept']} of {layer['of']}", layer["shape"][1]
+    return f"{kept} rows, {inputs - unused} of {inputs} inputs" if unused else kept
 
 
 def _plan(path: Path) -> tuple[dict[str, Any], str]:

@@ -27,7 +27,7 @@ def load_cifar(name: str, folder: Path, seed: int) -> Splits:
         ConfigError: files are missing, or not the published ones.
     """
     check_cifar(name, folder)
-    kind = _reader(name)
+    kind = _inside(_reader(name), folder)
     _check_sums(kind, folder)
     images, labels = _part(kind, folder, train=True)
     kept, held = hold_out(labels, VALIDATION_SHARE, seed, name=name)
@@ -45,13 +45,16 @@ def check_cifar(name: str, folder: Path) -> None:
     Raises:
         ConfigError: naming the missing file and where it belongs.
     """
-    kind = _reader(name)
+    published = _reader(name)
+    kind = _inside(published, folder)
     for file in _files(kind):
         if not (folder / kind.base_folder / file).is_file():
+            place = f"{published.base_folder}/ under {folder.resolve()}/"
+            unpack = f"put {place} (from {kind.url})" if kind is published else f"unpack {kind.filename} anew"
             raise ConfigError(
                 f"{name}: {folder / kind.base_folder / file} does not exist",
                 expected=f"the unpacked {kind.filename}: {', '.join(_files(kind))}",
-                fix=f"put {kind.base_folder}/ under {folder.resolve()}/ (from {kind.url}), or name another folder",
+                fix=f"{unpack}, or name another folder: --data.folder DIR",
             )
 
 
@@ -62,7 +65,9 @@ def _check_sums(kind: Any, folder: Path) -> None:
         path = folder / kind.base_folder / file
         if not check_integrity(path, md5):
             raise ConfigError(
-                f"{path} is not the published file", expected=f"MD5 {md5}", fix=f"unpack {kind.filename} anew"
+                f"{path} is not the published file",
+                expected=f"MD5 {md5}",
+                fix=f"unpack {kind.filename} anew, then continue with --resume",
             )
 
 
@@ -81,3 +86,9 @@ def _reader(name: str) -> Any:
     from torchvision import datasets
 
     return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+
+
+def _inside(kind: Any, folder: Path) -> Any:
+    """``kind``, or a reader of ``folder`` itself where it is the unpacked data set."""
+    here = any((folder / file).is_file() for file in _files(kind)) and not (folder / kind.base_folder).is_dir()
+    return type(kind.__name__, (kind,), {"base_folder": ""}) if here else kind

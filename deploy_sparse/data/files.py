@@ -88,7 +88,7 @@ class ImageFiles:
             raise ConfigError(
                 f"{path} cannot be decoded ({problem})",
                 expected="a picture",
-                fix="copy that file again, or unpack the data set anew",
+                fix="copy that file again, or unpack the data set anew, then continue with --resume",
             ) from None
 
 

@@ -121,7 +121,7 @@ def check_folders(name: str, folder: Path) -> None:
                 f"{name}: {root / part} does not exist",
                 expected=f"{layout.subfolder}/train/ and {layout.subfolder}/val/ with one folder of pictures a class"
                 + (f" (or val/{_ANNOTATIONS} and val/images/, as unpacked)" if name == "tiny-imagenet" else ""),
-                fix=f"put {layout.subfolder}/ under {folder.resolve()}/, or name another folder",
+                fix=f"put {layout.subfolder}/ under {folder.resolve()}/, or name another folder: --data.folder DIR",
             )
 
 
@@ -145,7 +145,9 @@ def _by_folder(root: Path, part: str, classes: Sequence[str]) -> Named:
         raise ConfigError(
             f"{root / part} has no pictures of class {classes[empty[0]]}{more}",
             expected=f"a folder of pictures for each class: {Path(part, classes[empty[0]])}/",
-            fix="sort the pictures into class folders" if part == "val" else "unpack the data set anew",
+            fix="sort the pictures into class folders, then continue with --resume"
+            if part == "val"
+            else "unpack the data set anew, then continue with --resume",
         )
     return _named([(f"{part}{path[len(str(root / part)) :]}", label) for path, label in samples])
 
@@ -168,11 +170,15 @@ def _by_annotations(root: Path, classes: Sequence[str]) -> Named:
             raise ConfigError(
                 f"{path}, line {number}, names {what}",
                 expected="a file in val/images/ and a class of train/, tab-separated",
-                fix="unpack the data set anew",
+                fix="unpack the data set anew, then continue with --resume",
             )
         samples.append((f"val/images/{file}", labels[label]))
     if not samples:
-        raise ConfigError(f"{path} is empty", expected="a file name and a class a line", fix="unpack the data set anew")
+        raise ConfigError(
+            f"{path} is empty",
+            expected="a file name and a class a line",
+            fix="unpack the data set anew, then continue with --resume",
+        )
     return _named(samples)
 
 

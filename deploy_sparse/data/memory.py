@@ -52,7 +52,7 @@ def hold_out(labels: torch.Tensor, share: float, seed: int, *, name: str) -> tup
         raise ConfigError(
             f"{name} has {int(counts.min())} training images of class {int(counts.argmin())}",
             expected="at least two of each class, one of them for validation",
-            fix="unpack the data set anew",
+            fix="unpack the data set anew, then continue with --resume",
         )
     count = max(round(share * len(labels)), len(counts))
     everything = torch.arange(len(labels)).numpy()

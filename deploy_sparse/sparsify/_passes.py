@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
@@ -22,9 +23,9 @@ def own_batches(batches: Batches, score: str) -> list[tuple[torch.Tensor, torch.
     """All batches, held: scores may pass over them more than once.
 
     Raises:
-        ConfigError: there are none; the message names ``score``.
+        ConfigError: there are none, or something that is no batch; the message names ``score``.
     """
-    found = list(batches)
+    found = held_batches(batches)
     if not found:
         raise ConfigError(
             f"score {score!r} without data",
@@ -32,6 +33,60 @@ def own_batches(batches: Batches, score: str) -> list[tuple[torch.Tensor, torch.
             fix="pass batches=[(images, labels)], or choose a score of the weights alone",
         )
     return found
+
+
+def held_batches(batches: Batches) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """All batches, none as well.
+
+    Raises:
+        ConfigError: one that is no pair of images and as many labels, or is empty.
+    """
+    found = list(batches)
+    for number, batch in enumerate(found):
+        if wrong := _no_batch(batch):
+            raise ConfigError(
+                f"batch {number} {wrong}",
+                expected="pairs of images [N, ...] and labels [N], whole numbers, N of 1 or more",
+                fix="pass batches=[(images, labels)]",
+            )
+    return found
+
+
+def _no_batch(batch: object) -> str:
+    """What keeps it from being a batch, or nothing."""
+    if not (
+        isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, torch.Tensor) for part in batch)
+    ):
+        return f"is no pair of tensors but {type(batch).__name__}"
+    images, labels = batch
+    if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        return f"has labels of shape {list(labels.shape)} and type {labels.dtype}"
+    if images.dim() < 1 or len(images) != len(labels):
+        return f"has images of shape {list(images.shape)} and {len(labels)} labels"
+    return "" if len(labels) else "is empty"
+
+
+def summed_loss(logits: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Cross-entropy of logits ``[N, classes]`` divided by ``temperature``, summed over the samples.
+
+    Raises:
+        ConfigError: labels that are no classes of the network.
+    """
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != len(labels):
+        shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ConfigError(
+            f"a network with output {shape} for {len(labels)} labels",
+            expected="one row of logits for each sample, [N, classes]",
+            fix="choose a score that needs no labels, for example 'l1'",
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= logits.shape[1]:
+        raise ConfigError(
+            f"labels from {low} to {high} for a network of {logits.shape[1]} classes",
+            expected=f"labels from 0 to {logits.shape[1] - 1}",
+            fix="number the classes from 0, and take the network for these data",
+        )
+    return functional.cross_entropy(logits / temperature, labels.long(), reduction="sum")
 
 
 @contextmanager

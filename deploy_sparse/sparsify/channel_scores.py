@@ -11,11 +11,10 @@ from typing import Literal, get_args
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from ..errors import ConfigError, TicketError, nearest
 from ..structure import Masks
-from ._passes import Batches, evaluating, own_batches, unknown_mask
+from ._passes import Batches, evaluating, own_batches, summed_loss, unknown_mask
 
 Criterion = Literal["l1", "survivors", "activation_l1", "activation_l2", "saliency"]
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
@@ -123,7 +122,7 @@ def _saliency(model: nn.Module, masks: Masks, batches: Batches) -> dict[str, tor
         for images, labels in own_batches(batches, "saliency"):
             calls.clear()
             # summed over samples: in evaluation mode each sample's gradient is that of its own loss
-            loss = functional.cross_entropy(model(images), labels, reduction="sum")
+            loss = summed_loss(model(images), labels)
             slopes = torch.autograd.grad(loss, [maps for _, maps in calls], materialize_grads=True)
             for (name, maps), slope in zip(calls, slopes, strict=True):
                 effect = (maps.detach() * slope).mean(dim=2, dtype=torch.float64)  # [N, c_out]

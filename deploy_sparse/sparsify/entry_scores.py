@@ -10,11 +10,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from ..errors import TicketError
 from ..structure import Masks
-from ._passes import Batches, evaluating, floating, own_batches, run, substitutes
+from ._passes import Batches, evaluating, floating, own_batches, run, substitutes, summed_loss
 
 Scores = dict[str, torch.Tensor]
 
@@ -40,7 +39,7 @@ def snip(model: nn.Module, masks: Masks, batches: Batches) -> Scores:
     statistics (at initialisation there are no others yet); everything else is in evaluation mode, so nothing is random.
 
     Raises:
-        ConfigError: no batches.
+        ConfigError: no batches, or labels that are no classes of the network.
         TicketError: a mask of another network.
     """
     found = own_batches(batches, "snip")
@@ -59,7 +58,7 @@ def grasp(model: nn.Module, masks: Masks, batches: Batches, *, temperature: floa
     twice. BatchNorm as in :func:`snip`.
 
     Raises:
-        ConfigError: no batches.
+        ConfigError: no batches, or labels that are no classes of the network.
         TicketError: a mask of another network.
     """
     found = own_batches(batches, "grasp")
@@ -69,7 +68,7 @@ def grasp(model: nn.Module, masks: Masks, batches: Batches, *, temperature: floa
     with evaluating(model, batch_statistics=True):
         gradient = _mean_gradient(model, tensors, weights, found, temperature)
         for images, labels in found:
-            loss = functional.cross_entropy(run(model, tensors, (images,)) / temperature, labels, reduction="sum")
+            loss = summed_loss(run(model, tensors, (images,)), labels, temperature)
             slopes = torch.autograd.grad(loss / samples, weights, create_graph=True, materialize_grads=True)
             along = sum(((slope * fixed).sum() for slope, fixed in zip(slopes, gradient, strict=True)), torch.zeros(()))
             for total, part in zip(product, torch.autograd.grad(along, weights, materialize_grads=True), strict=True):
@@ -128,7 +127,7 @@ def _mean_gradient(
     total = [torch.zeros_like(weight) for weight in weights]
     samples = sum(len(labels) for _, labels in batches)
     for images, labels in batches:
-        loss = functional.cross_entropy(run(model, tensors, (images,)) / temperature, labels, reduction="sum")
+        loss = summed_loss(run(model, tensors, (images,)), labels, temperature)
         slopes = torch.autograd.grad(loss / samples, weights, materialize_grads=True)
         for mean, slope in zip(total, slopes, strict=True):
             mean += slope

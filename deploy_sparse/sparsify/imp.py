@@ -24,18 +24,31 @@ def dense_masks(model: nn.Module, *, exclude: Sequence[str] = (), linear: bool =
     Args:
         exclude: shell patterns of parameter names to leave dense, for example ``("conv1.weight",)`` for a stem.
         linear: the paper's rule: convolutions and Linear layers, except the head, for which the last Linear in the
-            order of the modules is taken. False: convolutions only, as the code has it.
+            order of the modules is taken, or in a network without one the last of several convolutions. False:
+            convolutions only, as the code has it.
+
+    Returns:
+        one mask a parameter, named as :meth:`torch.nn.Module.named_parameters` does: layers that share one have one.
 
     Raises:
         ConfigError: a pattern that matches no such layer, or nothing left to prune.
     """
-    layers = {f"{name}.weight" if name else "weight": part for name, part in model.named_modules()}
+    exclude = (exclude,) if isinstance(exclude, str) else exclude
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+    layers: dict[str, nn.Module] = {}
+    first: dict[torch.Tensor, str] = {}  # tensors are hashed by identity
+    for path, part in model.named_modules():
+        if isinstance(part, kinds):
+            name = first.setdefault(part.weight, f"{path}.weight" if path else "weight")
+            layers[name] = layers.pop(name, part)  # the last place in the order counts for a shared weight
     heads = [name for name, part in layers.items() if isinstance(part, nn.Linear)]
+    if linear and not heads and len(layers) > 1:
+        heads = list(layers)
     weights = {
-        name: part.weight
-        for name, part in layers.items()
-        if isinstance(part, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        or (linear and isinstance(part, nn.Linear) and name != heads[-1])
+        name: weight
+        for name, weight in model.named_parameters()
+        if name in layers
+        and (name != heads[-1] if linear and heads else linear or not isinstance(layers[name], nn.Linear))
     }
     what = "convolution or hidden Linear" if linear else "convolution"
     for pattern in exclude:

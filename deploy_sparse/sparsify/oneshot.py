@@ -14,7 +14,7 @@ from . import entry_scores
 from ._passes import Batches
 from .distribution import Distribution, densities
 from .patterns import unstructured
-from .schedule import exponential
+from .schedule import SCHEDULES
 
 Source = Literal["random", "magnitude", "snip", "grasp", "synflow"]
 SOURCES: tuple[Source, ...] = get_args(Source)
@@ -33,6 +33,7 @@ def source_masks(
     seed: int = 0,
     distribution: Distribution = "global",
     steps: int | None = None,
+    schedule: str = "exponential",
 ) -> dict[str, torch.Tensor]:
     """Unstructured masks from one source.
 
@@ -53,14 +54,16 @@ def source_masks(
         example_inputs: for ``"synflow"``: positional inputs, of which the shapes count.
         seed: for ``"random"``.
         distribution: how the density is spread over the layers, see :func:`distribution.densities`.
-        steps: how often to score and prune, with densities falling exponentially; by default as the source's paper
-            does: 100 times for SynFlow, once for the others.
+        steps: how often to score and prune; by default as the source's paper does: 100 times for SynFlow, once for the
+            others.
+        schedule: how the density falls over the steps: ``"exponential"``, ``"cubic"`` or ``"one_shot"``, all at the
+            first step; see :mod:`schedule`.
 
     Returns:
         masks on the given masks' devices.
 
     Raises:
-        ConfigError: an unknown source or distribution, a density out of range, or missing batches or inputs.
+        ConfigError: an unknown source, distribution or schedule, a density out of range, or missing batches or inputs.
         TicketError: fewer weights than layers, weights that are not finite, or another network's masks.
     """
     if source not in SOURCES:
@@ -68,6 +71,12 @@ def source_masks(
             f"unknown source of masks {source!r}",
             expected=f"one of {', '.join(SOURCES)}",
             fix=f"{nearest(source, SOURCES)}mend the name",
+        )
+    if schedule not in SCHEDULES:
+        raise ConfigError(
+            f"unknown schedule {schedule!r}",
+            expected=f"one of {', '.join(SCHEDULES)}",
+            fix=f"{nearest(schedule, list(SCHEDULES))}mend the name",
         )
     if source == "synflow" and not example_inputs:
         raise ConfigError(
@@ -77,7 +86,7 @@ def source_masks(
         )
     count = STEPS.get(source, 1) if steps is None else steps
     shapes = {name: mask.shape for name, mask in masks.items()}
-    shares = [densities(shapes, own, distribution) for own in _falling(density, count)]
+    shares = [densities(shapes, own, distribution) for own in _falling(density, count, schedule)]
     held = list(batches)
     found = dict(masks)
     for share in shares:
@@ -86,11 +95,11 @@ def source_masks(
     return found
 
 
-def _falling(density: float | Mapping[str, float], steps: int) -> Sequence[float | dict[str, float]]:
+def _falling(density: float | Mapping[str, float], steps: int, schedule: str) -> Sequence[float | dict[str, float]]:
     """The density after each step, of the whole or layer by layer."""
     if not isinstance(density, Mapping):
-        return exponential(density, steps)
-    layers = {name: exponential(own, steps) for name, own in density.items()}
+        return SCHEDULES[schedule](density, steps)
+    layers = {name: SCHEDULES[schedule](own, steps) for name, own in density.items()}
     return [{name: own[number] for name, own in layers.items()} for number in range(steps)]
 
 

@@ -1,4 +1,4 @@
-"""In which pattern entries survive: single weights, whole output channels, or dense blocks.
+"""In which pattern entries survive: single weights or whole output channels; for dense blocks see :mod:`regroup`.
 
 Each pattern takes scores (larger is kept first) and shares (how much survives, see :mod:`distribution`).
 """
@@ -15,10 +15,9 @@ import torch
 from ..errors import ConfigError, TicketError
 from ..structure import ChannelGroup, Masks, Slice
 from .distribution import Shares, counts, exact
-from .regroup import RegroupRule, regroup
 from .silence import silence
 
-__all__ = ["Width", "blocks", "channels", "row_pools", "silence", "silent_pools", "top", "unstructured", "whole"]
+__all__ = ["Width", "channels", "row_pools", "silence", "silent_pools", "top", "unstructured", "whole"]
 
 Width = Callable[[Fraction, int], int]
 """From a budget in channels, not rounded, and the number of channels to how many are kept."""
@@ -69,7 +68,7 @@ def channels(
     """Keep whole output channels: in every pool those with the largest scores, ties by index.
 
     Args:
-        scores: float ``[c_out]`` by weight name; a pool adds up its layers' scores channel by channel.
+        scores: float ``[c_out]`` by weight name; a channel's score is the mean over the pool's layers.
         masks: which weights take part; only their shapes matter. A weight in no pool stays whole.
         shares: of the weights. A pool's budget in channels is its weights' share, counted together. One number ranks
             all pools together, each pool's scores divided by their mean so that layers of different widths compare.
@@ -96,18 +95,6 @@ def channels(
     return result
 
 
-def blocks(
-    masks: Masks,
-    weights: Mapping[str, torch.Tensor],
-    groups: Sequence[ChannelGroup] = (),
-    *,
-    rule: RegroupRule | None = None,
-    silent: bool = True,
-) -> dict[str, torch.Tensor]:
-    """Gather the entries of unstructured masks into dense blocks: :func:`regroup.regroup` without its report."""
-    return dict(regroup(masks, weights, groups, rule=rule, silent=silent).masks)
-
-
 def row_pools(masks: Masks) -> list[Pool]:
     """Every layer for itself, rows in their own order; no channel groups needed."""
     return [(Slice(name, 0, tuple(range(len(mask)))),) for name, mask in masks.items()]
@@ -119,8 +106,10 @@ def silent_pools(masks: Masks, groups: Sequence[ChannelGroup], *, together: bool
     Pinned groups have none. Depthwise filters are in no pool: they follow the layers that write their channels.
 
     Args:
-        together: the layers that write one group's channels form one pool, none if one of them has no mask (it would
-            keep all channels anyway); else each of them is a pool of its own.
+        together: the channels of a group that the same layers write form one pool of these layers, none if one of
+            them has no mask (it would keep its channels anyway). Where all layers write all channels, that is one pool
+            a group; a shortcut without weights (He et al. 2016, option A) makes several, so that channels compete only
+            with those that as many layers vote for. False: every layer is a pool of its own.
 
     Raises:
         TicketError: a mask that belongs to no group.
@@ -140,9 +129,25 @@ def silent_pools(masks: Masks, groups: Sequence[ChannelGroup], *, together: bool
             continue
         if not together:
             pools += [(own,) for own in rows]
-        elif len(rows) == len(group.producers):
-            pools.append(tuple(rows))
+        else:
+            pools += [pool for pool in _by_writers(group) if all(own.name in masks for own in pool)]
     return pools
+
+
+def _by_writers(group: ChannelGroup) -> list[Pool]:
+    """The group's channels parted by which producers write them, in the order of their first channels."""
+    layers = [producer.weight for producer in group.producers]
+    written = [frozenset(rows.channels) for rows in layers]
+    parts: dict[tuple[int, ...], set[int]] = {}
+    for channel in range(group.size):
+        writers = tuple(number for number, own in enumerate(written) if channel in own)
+        if writers:
+            parts.setdefault(writers, set()).add(channel)
+    return [tuple(_only(layers[number], part) for number in writers) for writers, part in parts.items()]
+
+
+def _only(rows: Slice, part: set[int]) -> Slice:
+    return Slice(rows.name, rows.dim, tuple(channel if channel in part else -1 for channel in rows.channels))
 
 
 def whole(multiple: int = 1) -> Width:
@@ -196,7 +201,7 @@ def _candidates(pool: Pool, scores: Mapping[str, torch.Tensor], masks: Masks) ->
         written[channel[own]] = True
         mask = masks[rows.name]
         weights[rows.name] = int(own.sum()) * (mask.numel() // len(mask))
-    return _Candidates(pool, summed.masked_fill(~written, -torch.inf), int(written.sum()), weights)
+    return _Candidates(pool, (summed / len(pool)).masked_fill(~written, -torch.inf), int(written.sum()), weights)
 
 
 def _ranked_together(candidates: Sequence[_Candidates], share: Fraction) -> list[Fraction]:

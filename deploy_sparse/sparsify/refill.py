@@ -30,6 +30,7 @@ def refill(
     groups: Sequence[ChannelGroup],
     *,
     scores: Mapping[str, torch.Tensor] | None = None,
+    shares: Mapping[str, Fraction | float] | None = None,
     coupling: Coupling = "layer",
     multiple: int = 1,
     extra: float = 0.0,
@@ -47,9 +48,12 @@ def refill(
         groups: the network's channel groups; with ``silent=False`` and ``coupling="layer"`` there may be none.
         scores: ``[c_out]`` by weight name, from :func:`channel_scores.channel_scores`; by default the ℓ1 norm of the
             surviving weights, which the paper found best (Fig. A8).
+        shares: by weight name, the share of the layer's rows to keep, in [0, 1] and not rounded: q is this share of
+            c_out. By default the mask's own density.
         coupling: ``"layer"``, the paper's rule: each layer chooses its own channels, so a residual stream keeps the
             union of what its layers keep. ``"group"``: layers that write one residual stream choose together, by the
-            sum of their scores and at their common density, so that the stream itself gets narrower.
+            mean of their scores and at their common density, so that the stream itself gets narrower. Where some
+            write only a part of its channels, every part that the same layers write has a budget of its own.
         multiple: round the number of kept channels up to this multiple (never above c_out); 1 is the paper's rule.
         extra: refill+: the share of the dropped channels that is taken back, so that the budget is
             q + extra · (c_out - q).
@@ -67,13 +71,14 @@ def refill(
 
     Raises:
         TicketError: a mask that belongs to no layer of any group, or scores that do not fit.
-        ConfigError: ``multiple`` below 1, ``extra`` outside [0, 1], or an unknown coupling or budget.
+        ConfigError: ``multiple`` below 1, ``extra`` or a share outside [0, 1], a missing share, or an unknown
+            coupling or budget.
     """
     _refuse_unknown("coupling", coupling, ("layer", "group"))
     _refuse_unknown("budget", budget, ("paper", "code"))
     if scores is None:
         scores = {name: weight_l1(weights[name], mask) for name, mask in masks.items()}
-    own = {name: Fraction(int(mask.sum()), mask.numel()) for name, mask in masks.items()}
+    own = _densities(masks) if shares is None else _given(shares, masks)
     pools = _pools(masks, groups, together=coupling == "group", silent=silent)
     rows = channels(scores, masks, own, pools, width=_width(extra, budget, multiple))
     return silence(rows, weights, groups) if silent else rows
@@ -124,6 +129,21 @@ def _pools(masks: Masks, groups: Sequence[ChannelGroup], *, together: bool, sile
     joint = silent_pools(masks, groups, together=True)
     taken = {rows.name for pool in joint for rows in pool}
     return joint + row_pools({name: mask for name, mask in masks.items() if name not in taken})
+
+
+def _densities(masks: Masks) -> dict[str, Fraction]:
+    return {name: Fraction(int(mask.sum()), mask.numel()) for name, mask in masks.items()}
+
+
+def _given(shares: Mapping[str, Fraction | float], masks: Masks) -> dict[str, Fraction]:
+    for name in masks:
+        if name not in shares or not 0 <= shares[name] <= 1:
+            raise ConfigError(
+                f"share {shares[name]} of {name!r}" if name in shares else f"no share for {name!r}",
+                expected="for every mask the share of its rows to keep, in [0, 1]",
+                fix="give one for each mask, or leave shares out: the masks' own densities",
+            )
+    return {name: exact(shares[name]) for name in masks}
 
 
 def _width(extra: float, budget: Budget, multiple: int) -> Width:

@@ -6,20 +6,21 @@ and everything outside blocks goes. A pure function of masks and weights; needs 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from ..errors import TicketError, nearest
 from ..structure import ChannelGroup, Masks
 from .regrouping.blocks import find_blocks, smallest_block
 from .regrouping.report import LayerReport, Outcome, layer_table, report_layer, total
 from .regrouping.rule import RegroupRule
-from .regrouping.table import Block, table_of
+from .regrouping.table import Block, Table, capped_limits, table_of
 from .silence import silence
 
-__all__ = ["LayerReport", "RegroupRule", "Regrouped", "layer_table", "regroup"]
+__all__ = ["LayerReport", "RegroupRule", "Regrouped", "grouped_convolutions", "layer_table", "regroup"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def regroup(
     *,
     rule: RegroupRule | None = None,
     silent: bool = True,
+    dense: Collection[str] = (),
 ) -> Regrouped:
     """Block masks from unstructured ones.
 
@@ -57,13 +59,13 @@ def regroup(
 
     Args:
         masks: unstructured masks; those of one dimension (biases, norms) are made anew where the groups know them, else
-            handed on. Leave out convolutions in groups between 1 and the number of channels: a column is not one
-            channel there.
+            handed on.
         weights: the trained weights by name.
         groups: the network's channel groups. With them, what an empty row leaves without a purpose is masked too, and
             blocks are formed without input channels that no layer writes any more.
         rule: :class:`RegroupRule`, the paper's Algorithm 3 by default.
         silent: whether to do so when ``groups`` are given.
+        dense: names of weights that stay whole, if they have a mask: :func:`grouped_convolutions` of the network.
 
     Raises:
         TicketError: a mask without its weight, or of another shape.
@@ -74,7 +76,10 @@ def regroup(
         _refuse_misfit(name, masks[name], weights)
     given = {name: masks[name].detach().cpu() for name in names}
     usable = {name: torch.ones(mask.shape[1], dtype=torch.bool) for name, mask in given.items()}  # input channels
-    formed = {name: _form_layer(given[name], weights[name], usable[name], rule) for name in names}
+    formed = {
+        name: _in_groups(given[name]) if name in dense else _form_layer(given[name], weights[name], usable[name], rule)
+        for name in names
+    }
     known = {part.name for group in groups for part in group.slices()} if silent else set()
     others = {name: torch.ones_like(mask) if name in known else mask for name, mask in masks.items()}
     while True:
@@ -98,11 +103,25 @@ def regroup(
     return Regrouped(result, reports)
 
 
+def grouped_convolutions(model: nn.Module) -> tuple[str, ...]:
+    """The weights of convolutions in groups, for ``regroup(dense=…)``; depthwise ones, which it knows, are left out."""
+    return tuple(
+        f"{name}.weight" if name else "weight"
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Conv1d | nn.Conv2d | nn.Conv3d) and 1 < part.groups < part.in_channels
+    )
+
+
 @dataclass(frozen=True)
 class _Formed:
     mask: torch.Tensor
     outcome: Outcome
     reason: str = ""
+
+
+def _in_groups(mask: torch.Tensor) -> _Formed:
+    reason = "a convolution in groups: its columns are other channels for each group"
+    return _Formed(torch.ones_like(mask), "dense", reason)
 
 
 def _form_layer(mask: torch.Tensor, weight: torch.Tensor, usable: torch.Tensor, rule: RegroupRule) -> _Formed:
@@ -114,20 +133,27 @@ def _form_layer(mask: torch.Tensor, weight: torch.Tensor, usable: torch.Tensor, 
     table, columns = table_of(mask, weight.detach().cpu(), usable, rule)
     if not len(columns):
         return _Formed(whole, "dense", "no layer writes its input channels any more")
-    found = find_blocks(table, rule)
-    blocks: tuple[Block, ...] = found.blocks
-    outcome: Outcome = "blocks"
-    if not blocks:
-        if rule.empty == "dense":
-            return _Formed(whole, "dense", found.reason)
-        blocks, outcome = (smallest_block(table, rule),), "pruned"
+    found, capped = find_blocks(table, rule), capped_limits(table, rule)
+    reason, prune = found.reason and found.reason + capped, rule.empty == "prune"
+    if found.blocks:
+        formed = _mask_of(found.blocks, table, columns, mask)
+        if not bool(formed.all()):
+            return _Formed(formed, "blocks", reason)
+        reason, prune = f"its blocks would be the whole layer{capped}", prune and not bool(mask.all())
+    if prune:
+        formed = _mask_of((smallest_block(table, rule),), table, columns, mask)
+        if not bool(formed.all()):
+            return _Formed(formed, "pruned", reason)
+        reason += ", as would the smallest block allowed"
+    return _Formed(whole, "dense", reason)
+
+
+def _mask_of(blocks: Sequence[Block], table: Table, columns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Bool, shaped like ``mask``: True inside the blocks, whose columns ``columns`` numbers in the layer."""
     cells = torch.zeros(len(mask), table.whole, table.taps, dtype=torch.bool)
     for rows, chosen in blocks:
         cells[rows[:, None], columns[chosen]] = True
-    formed = cells.reshape(mask.shape)
-    if bool(formed.all()):
-        return _Formed(formed, "dense", "its blocks would be the whole layer")
-    return _Formed(formed, outcome, found.reason)
+    return cells.reshape(mask.shape)
 
 
 def _lost_channels(formed: torch.Tensor, silenced: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import io
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +16,8 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from ..errors import SurgeryError
+
+_TALKATIVE = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor", "torch.export._trace")
 
 
 @dataclass(frozen=True)
@@ -42,10 +48,12 @@ def trace(module: torch.nn.Module, example_inputs: tuple[Any, ...]) -> Traced:
     modes = {name: part.training for name, part in module.named_modules()}
     module.eval()
     try:
-        program = torch.export.export(module, example_inputs, strict=False)
+        with _one_message():
+            program = torch.export.export(module, example_inputs, strict=False)
     except Exception as problem:
         # The exporter raises many unrelated classes (user code runs inside it); all mean the same to the caller.
         _refuse_other_precision(module, example_inputs)
+        _refuse_other_inputs(module, example_inputs)
         raise SurgeryError(
             f"the network cannot be traced: {_first_line(problem)}",
             expected="a module that runs on the example inputs without data-dependent control flow",
@@ -137,6 +145,40 @@ def _refuse_other_precision(module: torch.nn.Module, example_inputs: tuple[Any, 
             expected=f"example inputs in the weights' precision, {weights}",
             fix=f"cast them: example_inputs.to(torch.{min(wanted)})",
         ) from None
+
+
+def _refuse_other_inputs(module: torch.nn.Module, example_inputs: tuple[Any, ...]) -> None:
+    """Say so where the network, run plainly on copies of its tensors and the inputs, fails too."""
+    state = {name: x.detach().clone() for name, x in (*module.named_parameters(), *module.named_buffers())}
+    inputs = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, example_inputs)
+    try:
+        with torch.no_grad():
+            torch.func.functional_call(module, state, inputs)
+    except Exception as problem:  # of the network's own code: any class
+        tensors = [list(x.shape) for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
+        shapes = " and ".join(map(str, tensors)) or "no tensor"
+        raise SurgeryError(
+            f"the network cannot be traced: it does not accept these inputs ({shapes}): {_first_line(problem)}",
+            expected="example inputs that model(*example_inputs) takes, the batch axis first: [N, C, H, W] for images",
+            fix="mend the shape of the example inputs; one image without its batch axis needs .unsqueeze(0)",
+        ) from problem
+
+
+@contextlib.contextmanager
+def _one_message() -> Iterator[None]:
+    """Keep torch from writing its graphs and tracebacks to standard error beside the exception it raises."""
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    before = [logger.disabled for logger in loggers]
+    said = io.StringIO()
+    try:
+        for logger in loggers:
+            logger.disabled = True
+        with contextlib.redirect_stderr(said):  # torch prints the unfinished graph there
+            yield
+        sys.stderr.write(said.getvalue())  # of a success: the network's own
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 def _floating(tensors: Iterable[Any]) -> set[str]:

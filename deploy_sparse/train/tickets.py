@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -25,6 +26,8 @@ from .run import Run
 from .runtime import Runtime
 from .schedule import FitConfig, check_start
 from .step import State, copy_state
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class TicketTrainer:
             self._check(rewind.ticket, beside["rewind"])
             return DenseStage(self._load(beside["dense"]), self._load(folder), rewind, self._load(beside["initial"]))
 
-        return self.run.once("rounds/0", make, save, load)
+        return self._once("rounds/0", make, save, load)
 
     def train(
         self, name: str, start: RewindPoint, method: Method, masks: Masks, *, keep: Literal["last", "best"]
@@ -138,7 +141,20 @@ class TicketTrainer:
                 )
             return ticket
 
-        return self.run.once(name, make, Ticket.save, load)
+        return self._once(name, make, Ticket.save, load)
+
+    def _once(self, name: str, make: Callable[[], T], save: Callable[[T, Path], Any], load: Callable[[Path], T]) -> T:
+        """A stage of the run; once it is saved, by this or an earlier attempt, its checkpoints are of no use."""
+        value = self.run.once(name, make, save, load)
+        if world().main:
+            folder = self._checkpoints(name)
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # absent, or another stage's are in it
+                folder.parent.rmdir()
+        return value
+
+    def _checkpoints(self, name: str) -> Path:
+        return self.run.folder / "checkpoints" / name.replace("/", "-")
 
     def _fit(
         self,
@@ -168,7 +184,7 @@ class TicketTrainer:
                 self.fit,
                 method,
                 seed=self.seed,
-                checkpoints=self.run.folder / "checkpoints" / name.replace("/", "-"),
+                checkpoints=self._checkpoints(name),
                 runtime=self.runtime,
                 start_epoch=epoch,
                 momentum=momentum,

@@ -79,6 +79,12 @@ def check_study(config: StudyConfig) -> None:
         MissingDependencyError, BuildError: nothing can be built for the targets here.
     """
     check_runtime(config.runtime)
+    if config.fit.schedule != "step" and config.fit.milestones:
+        raise ConfigError(
+            f"fit.milestones = {list(config.fit.milestones)} with fit.schedule = {config.fit.schedule!r}",
+            expected='milestones only with fit.schedule = "step"',
+            fix="drop one of the two",
+        )
     images = data.describe(config.data.name, config.data.arguments)
     zoo.check(config.model.name, config.model.arguments, images.image_shape, images.classes)
     data.check_files(config.data.name, Path(config.data.folder))
@@ -110,6 +116,18 @@ def check_imp(config: StudyConfig, imp: ImpConfig, wanted: tuple[int, ...], key:
             f"imp.rewind_epoch = {imp.rewind_epoch} with fit.epochs = {config.fit.epochs}",
             expected="a rewind point inside the training",
             fix="choose an earlier epoch",
+        )
+    if imp.rewind != "rewind" and imp.rewind_epoch is not None:
+        raise ConfigError(
+            f"imp.rewind_epoch = {imp.rewind_epoch} with imp.rewind = {imp.rewind!r}",
+            expected='a rewind epoch only with imp.rewind = "rewind"',
+            fix="drop one of the two",
+        )
+    if imp.source == "imp" and imp.distribution != "global":
+        raise ConfigError(
+            f"imp.distribution = {imp.distribution!r} with imp.source = 'imp'",
+            expected='"global": IMP ranks all layers together',
+            fix="drop it, or choose a one-shot --imp.source",
         )
     if imp.source != "imp" and (imp.group_aware or imp.rewind == "finetune"):
         what = "imp.group_aware" if imp.group_aware else 'imp.rewind = "finetune"'

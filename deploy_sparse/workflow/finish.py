@@ -15,12 +15,18 @@ from ..tune.deliver import deliver
 from .prepare import Work
 
 
-def choose(dense: Ticket, tickets: Mapping[int, Ticket], tolerance: float) -> int:
-    """The sparsest ticket within ``tolerance`` of dense on validation, else the most accurate one; by its round."""
+def choose(dense: DenseStage, tickets: Mapping[int, Ticket], tolerance: float) -> int:
+    """The sparsest ticket within ``tolerance`` of dense on validation, else the most accurate one; by its round.
+
+    Sparsest: with the least of the prunable weights left; of equals the later round.
+    """
     score = {number: ticket.provenance.metrics["validation_accuracy"] for number, ticket in tickets.items()}
-    least = dense.provenance.metrics["validation_accuracy"] - tolerance
+    left = {number: density({n: t.masks[n] for n in dense.last.masks}) for number, t in tickets.items()}
+    least = dense.best.provenance.metrics["validation_accuracy"] - tolerance
     good = [number for number in score if score[number] >= least]
-    return max(good) if good else max(score, key=lambda number: (score[number], number))
+    if good:
+        return min(good, key=lambda number: (left[number], -number))
+    return max(score, key=lambda number: (score[number], -left[number], number))
 
 
 def deploy(work: Work, dense: Ticket, ticket: Ticket | None, title: str, tables: Sequence[Table]) -> Mapping[str, Any]:

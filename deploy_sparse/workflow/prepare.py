@@ -63,10 +63,10 @@ class Work:
 
     def channel_scores(self, criterion: str, masks: Masks, trained: Ticket, batches: int) -> dict[str, torch.Tensor]:
         """Refill's criterion on a round's own trained weights: ``[c_out]`` float64 on the CPU, by weight name."""
-        weights = {name: trained.weights[name] for name in masks}
+        weights = {name: trained.weights[name] * mask for name, mask in masks.items()}
         if criterion in ("l1", "survivors"):
             return channel_scores(criterion, masks, weights=weights)
-        model, found = self.network(trained.weights), self.score_batches(batches)
+        model, found = self.network({**trained.weights, **weights}), self.score_batches(batches)
         scores = channel_scores(criterion, masks, weights=weights, model=model, batches=found)
         return {name: score.cpu() for name, score in scores.items()}
 

@@ -6,8 +6,10 @@ import torch
 from pydantic import Field
 
 from ..config import Config
+from ..measure.table import Table
 from ..sparsify.channel_scores import Criterion
-from ..sparsify.refill import Budget, Coupling, refill
+from ..sparsify.refill import Budget, Coupling, refill, refill_report
+from ..structure import Masks
 from .prepare import Work
 from .rounds import Round
 
@@ -28,12 +30,8 @@ class RefillConfig(Config):
     )
 
 
-def refilled(work: Work, rule: RefillConfig, found: Round, *, silent: bool) -> dict[str, torch.Tensor]:
-    """The round's masks as whole channels, scored with the round's own trained weights (Algorithm 2).
-
-    Args:
-        silent: False masks the rows alone, whatever the rule says.
-    """
+def refilled(work: Work, rule: RefillConfig, found: Round) -> dict[str, torch.Tensor]:
+    """The round's masks as whole channels, scored with the round's own trained weights (Algorithm 2)."""
     return refill(
         found.masks,
         found.trained.weights,
@@ -43,8 +41,24 @@ def refilled(work: Work, rule: RefillConfig, found: Round, *, silent: bool) -> d
         multiple=rule.multiple,
         extra=rule.extra,
         budget=rule.budget,
-        silent=silent and rule.silent,
+        silent=rule.silent,
+        shares=found.shares,
     )
+
+
+def channels_table(before: Masks, after: Masks, number: int) -> Table:
+    """Which layers keep how many channels.
+
+    Args:
+        before: the round's masks.
+        after: the same layers refilled.
+    """
+    rows = [
+        (c.layer, f"{c.kept} of {c.channels}", f"{c.before:.1%}", f"{c.refilled:.1%}", f"{c.after:.1%}")
+        for c in refill_report(before, after)
+    ]
+    columns = ("layer", "channels kept", "density of the mask", "in kept channels", "used")
+    return Table(f"Channels of round {number}", columns, tuple(rows), "Before surgery rounds widths for the target.")
 
 
 NOTE = (

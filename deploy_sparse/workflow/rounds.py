@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from fractions import Fraction
 
 import torch
 
@@ -18,6 +18,8 @@ from ..train.tickets import DenseStage, RewindPoint
 from .config import ImpConfig, rewind_epoch
 from .prepare import Work
 
+Structure = Callable[["Round"], Masks]
+
 
 @dataclass(frozen=True)
 class Round:
@@ -28,18 +30,14 @@ class Round:
         masks: the round's masks.
         trained: the network trained under them; its weights are what structure is scored with.
         start: where a structural ticket of this round starts to train.
+        shares: of each layer's rows, what its structure may keep; None for the masks' own density.
     """
 
     number: int
     masks: Masks
     trained: Ticket
     start: RewindPoint
-
-
-class Structure(Protocol):
-    """Turns a round's masks into structural ones, silent or with the producers' rows alone."""
-
-    def __call__(self, found: Round, *, silent: bool) -> Masks: ...
+    shares: Mapping[str, Fraction] | None = None
 
 
 def train_dense(work: Work, imp: ImpConfig) -> DenseStage:
@@ -56,28 +54,27 @@ def mask_rounds(
     Args:
         wanted: rounds of which structural tickets are made.
         structure: group-aware IMP applies it after every round, to the masks the round goes on to train under,
-            scored with the weights that were pruned.
+            scored with the weights that were pruned. What it rounds up or fills up does not count for the next round:
+            every layer's share of rows is carried on unrounded.
     """
     point = _start(dense.rewind, imp)
     trained = dense.last
-    left: Masks = dense.last.masks  # what the next round prunes from
+    left: Masks = dense.last.masks  # what the next round prunes from: weights that are trained
+    shares = dict.fromkeys(left, Fraction(1))
     for number in range(1, max(wanted) + 1):
         if imp.source != "imp" and number not in wanted:
             continue
         if imp.source == "imp":
-            left = prune_lowest(trained.weights, left, imp.rate)
+            masks: Masks = prune_lowest(trained.weights, left, imp.rate)
         else:
-            left = _one_shot(work, dense, imp, number)
-        masks: Masks = left
+            masks = _one_shot(work, dense, imp, number)
         if imp.group_aware:
-            found = Round(number, left, trained, point)
-            masks = structure(found, silent=True)
-            # Silent masks lack the columns of dropped channels too: counted as pruned they would hasten every round.
-            rows = structure(found, silent=False)
-            left = {name: rows[name] for name in left}
+            shares = {n: s * Fraction(int(masks[n].sum()), int(left[n].sum())) for n, s in shares.items()}
+            masks = structure(Round(number, masks, trained, point, shares))
         if imp.rewind == "finetune":
             point = RewindPoint(trained)
         trained = work.trainer.train(f"rounds/{number}", point, StaticMasks(masks), masks, keep="last")
+        left = {name: masks[name] for name in left}
         yield Round(number, masks, trained, RewindPoint(trained) if imp.rewind == "finetune" else point)
 
 

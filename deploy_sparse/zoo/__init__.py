@@ -109,11 +109,19 @@ def check(name: str, arguments: Mapping[str, Any], image_shape: tuple[int, ...],
     """
     with torch.device("meta"):
         network = build(name, **arguments).eval()
+        shape: list[int] = []
         try:
-            found = f"outputs of shape {list(network(torch.zeros(2, *image_shape)).shape)}"
+            shape = list(network(torch.zeros(2, *image_shape)).shape)
+            found = f"outputs of shape {shape}"
         except (RuntimeError, AssertionError, ValueError, IndexError) as problem:  # what networks raise at wrong shapes
             found = f"an error ({(str(problem) or type(problem).__name__).splitlines()[0]})"
-    if found != f"outputs of shape {[2, classes]}":
+    if len(shape) == 2 and shape[0] == 2 and shape[1] != classes:
+        raise ConfigError(
+            f"network {name!r} makes {shape[1]} classes, the data has {classes}",
+            expected="as many classes as the data has",
+            fix=f"set them: --model.arguments '{{classes={classes}}}'",
+        )
+    if shape != [2, classes]:
         raise ConfigError(
             f"network {name!r} makes {found} of two images of shape {list(image_shape)}",
             expected=f"outputs of shape {[2, classes]}",

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 SMALL = [
-    "--model.arguments", "{widths = [16, 16, 32]}", "--fit.epochs", "3", "--fit.warmup_epochs", "0", "--fit.checkpoint_every", "1", "--imp.rounds", "2",
+    "--model.arguments", "{widths = [16, 16, 32]}", "--fit.epochs", "3", "--fit.warmup_epochs", "0", "--fit.checkpoint_every", "1", "--imp.rounds", "2", "--imp.rewind_epoch", "1",
     "--refill.rounds", "[1, 2]", "--refill.multiple", "4", "--runtime.threads", "1", "--deploy.targets", '["cpu"]',
     "--deploy.batches", "[1]", "--deploy.duration_s", "0.1",
 ]  # fmt: skip

@@ -212,13 +212,15 @@ def test_blocks_are_dense_and_as_many_positions_as_asked_for():
     )
     x = torch.zeros(2, 16, 7, 7)
     ticket = deploy_sparse.oneshot_ticket(model, x, "blocks", 0.5)
-    assert set(n for n, m in ticket.masks.items() if m.dim() == 4) == {"0.weight", "3.weight"}  # no grouped one
+    assert set(n for n, m in ticket.masks.items() if m.dim() == 4) == {"0.weight", "2.weight", "3.weight"}
+    assert bool(ticket.masks["2.weight"].all())  # a convolution in groups
+    assert ticket.provenance.metrics == {"dense_layers": 1, "density": round(density(ticket.masks), 6)}
     assert any(isinstance(structure_of(m), Blocks) for m in ticket.masks.values())
     assert all(isinstance(structure_of(m), Blocks | Channels | Dense) for m in ticket.masks.values())
     assert density({n: ticket.masks[n] for n in ("0.weight", "3.weight")}) == pytest.approx(0.5, abs=0.05)
     rule = RegroupRule(rule="budget", columns="channel")
     by_channel = deploy_sparse.oneshot_ticket(model, x, "blocks", 0.5, silent=False, rule=rule)
-    assert set(by_channel.masks) == {"0.weight", "3.weight"}
+    assert set(by_channel.masks) == {"0.weight", "2.weight", "3.weight"}
     assert by_channel.provenance.config["rule"]["columns"] == "channel"
 
 
@@ -277,6 +279,16 @@ class Branching(nn.Module):
         ({"score": "saliency"}, ConfigError, r"score 'saliency' without data[\s\S]*batches="),
         ({"pattern": "unstructured", "score": "snip"}, ConfigError, r"score 'snip' without data"),
         ({"distribution": "even"}, ConfigError, r"unknown distribution 'even'"),
+        ({"distribution": "layer"}, ConfigError, r"unknown distribution 'layer'[\s\S]*uniform, global, erk"),
+        ({"sparsity": "0.5"}, ConfigError, r"sparsity '0.5'[\s\S]*a number in \[0, 1\)"),
+        ({"sparsity": torch.tensor(0.5)}, ConfigError, r"sparsity tensor\(0.5"),
+        ({"sparsity": True}, ConfigError, r"sparsity True"),
+        ({"score": "saliency", "batches": [(torch.zeros(0, 3, 6, 6), torch.zeros(0).long())]}, ConfigError, r"is empty"),
+        ({"score": "saliency", "batches": [torch.zeros(2, 3, 6, 6)]}, ConfigError, r"batch 0 is no pair of tensors"),
+        ({"score": "saliency", "batches": [(torch.zeros(2, 3, 6, 6), torch.tensor([0, 9]))]}, ConfigError, r"labels from 0 to 9"),
+        ({"sparsity": 1e-6}, ConfigError, r"sparsity 1e-06 with pattern 'channels', by which nothing goes\n"),
+        ({"sparsity": 0.5, "pattern": "blocks", "rule": RegroupRule(min_nonzeros=10)}, ConfigError,
+         r"with pattern 'blocks', by which nothing goes: no 10 or more rows[\s\S]*empty='prune'"),
         ({"multiple": 0}, ConfigError, r"multiple 0"),
         ({"multiple": 8, "pattern": "unstructured"}, ConfigError, r"multiple with pattern 'unstructured'"),
         ({"rule": RegroupRule()}, ConfigError, r"rule with pattern 'channels'"),
@@ -291,3 +303,37 @@ def test_what_cannot_be_pruned_at_once_is_refused(options, error, message):
     torch.manual_seed(0)
     with pytest.raises(error, match=message):
         deploy_sparse.oneshot_ticket(**{"model": Residual(), "example_inputs": torch.zeros(2, 3, 6, 6), **options})
+
+
+def test_the_density_reached_is_among_the_metrics():
+    model, x = trained_like(Residual), torch.zeros(2, 3, 6, 6)
+    for pattern in ("channels", "unstructured"):
+        ticket = deploy_sparse.oneshot_ticket(model, x, pattern)
+        assert ticket.provenance.metrics == {"density": round(density(ticket.masks), 6)}
+    assert deploy_sparse.oneshot_ticket(model, x, sparsity=0).provenance.metrics == {"density": 1.0}
+
+
+def test_a_pattern_alone_is_one_pattern():
+    model = perceptron()
+    ticket = deploy_sparse.oneshot_ticket(model, torch.zeros(2, 6), exclude="0.weight")
+    assert ticket.provenance.config["exclude"] == ["0.weight"]
+    assert bool(ticket.masks.get("0.weight", torch.ones(1)).all())
+    assert int(ticket.masks["2.weight"].any(dim=1).sum()) == 5
+
+
+@pytest.mark.parametrize("score", ["l1", "random"])
+def test_every_part_of_a_stream_that_the_same_layers_write_gets_narrower(score):
+    """ResNet-20 with option A: channels 0-15 have ten writers, 16-31 six, 32-63 three."""
+    arguments = {"classes": 4}
+    model = zoo.build("resnet20", **arguments)
+    reference = ModelRef("resnet20", arguments, (3, 16, 16))
+    ticket = deploy_sparse.oneshot_ticket(model, torch.zeros(2, 3, 16, 16), score=score, reference=reference)
+    kept = ticket.masks["stages.2.2.conv2.weight"].flatten(1).any(dim=1)
+    assert [int(part.sum()) for part in kept.split([16, 16, 32])] == [8, 8, 16]
+
+
+def test_tied_weights_are_pruned_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[2].weight = model[0].weight
+    ticket = deploy_sparse.oneshot_ticket(model, torch.zeros(2, 4), "unstructured")
+    assert int(ticket.masks["0.weight"].sum()) == 8

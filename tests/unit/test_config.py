@@ -1,6 +1,8 @@
 """Configurations are strict, and every message names the key, what it accepts and the nearest name."""
 
+import json
 import tomllib
+from typing import Annotated, Any, Literal
 
 import pytest
 from hypothesis import given
@@ -29,6 +31,85 @@ class Whole(Config):
     seed: int = 0
     names: tuple[str, ...] = ()
     fit: Fit = Fit()
+
+
+class Many(Config):
+    tile: Literal[16, 32] = 32
+    kind: Literal["16", "auto"] | None = None
+    name: str = "a"
+    on: bool = False
+    limit: int | None = None
+    counts: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    words: tuple[str, ...] = ()
+    rates: tuple[float, ...] | None = None
+    arguments: dict[str, Any] = Field({})
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--tile", "16"], {"tile": 16}),
+        (["--kind", "16"], {"kind": "16"}),
+        (["--name", "16"], {"name": "16"}),
+        (["--name=true"], {"name": "true"}),
+        (["--on", "true"], {"on": True}),
+        (["--limit", "4"], {"limit": 4}),
+        (["--arguments.classes", "12"], {"arguments": {"classes": 12}}),
+        (["--arguments.rate=0.5"], {"arguments": {"rate": 0.5}}),
+        (["--arguments.on", "true"], {"arguments": {"on": True}}),
+        (["--arguments.blocks", "[1, 2]"], {"arguments": {"blocks": [1, 2]}}),
+        (["--arguments.deep.shortcut", "pad"], {"arguments": {"deep": {"shortcut": "pad"}}}),
+        (["--arguments.code", '"12"'], {"arguments": {"code": "12"}}),
+        (["--arguments.day", "2020-01-01"], {"arguments": {"day": "2020-01-01"}}),
+        (["--arguments.text", "1\nb = 2"], {"arguments": {"text": "1\nb = 2"}}),
+        (["--arguments.rate", "nan"], {"arguments": {"rate": "nan"}}),
+    ],
+)
+def test_text_of_the_command_line_becomes_what_the_field_holds(words, expected):
+    made = config_from(Many, parse_overrides(words))
+    assert made.model_dump() == Many(**expected).model_dump()
+    for value in made.arguments.values():
+        assert type(value) in (int, float, bool, list, dict, str)
+
+
+def test_text_in_a_file_stays_text():
+    assert config_from(Many, {"arguments": {"code": "12"}}).arguments == {"code": "12"}
+    with pytest.raises(ConfigError, match="tile = '16'"):
+        config_from(Many, {"tile": "16"})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tile", "17"], r"tile = 17 [\s\S]*expected: 16 or 32"),
+        (["--tile", "big"], r"tile = 'big'"),
+        (["--counts", "3"], r"a list[\s\S]*--counts '\[1, 2\]'"),
+        (["--words", "cpu"], r"a list[\s\S]*--words '\[\"cpu\"\]'"),
+        (["--rates", "0.1"], r"a list[\s\S]*--rates '\[0.1, 0.2\]'"),
+        (["--counts", '["a"]'], r"counts.0 = 'a'[\s\S]*a whole number[\s\S]*--counts '\[1, 2\]'"),
+    ],
+)
+def test_refused_text_gets_an_example_of_the_fields_own_type(words, message):
+    with pytest.raises(ConfigError, match=message):
+        config_from(Many, parse_overrides(words), source="the command line")
+
+
+def recipe_configs():
+    from deploy_sparse.cli.catalog import load_recipe, recipes
+
+    return {name: load_recipe(recipe).RecipeConfig for name, recipe in recipes().items()}
+
+
+def test_every_default_of_every_recipe_can_be_said_on_the_command_line():
+    for name, kind in recipe_configs().items():
+        plain, keys = kind(), keys_of(kind)
+        given = {key: value for key, (_, value, _) in keys.items() if value is not None}  # TOML has no null
+        assert given, name
+        for key, value in given.items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            assert config_from(kind, parse_overrides([f"--{key}", text])) == plain, (name, key)
+        words = [w for k, v in given.items() for w in (f"--{k}", v if isinstance(v, str) else json.dumps(v))]
+        assert config_from(kind, parse_overrides(words)) == plain, name
 
 
 def test_command_line_beats_file_beats_default():

@@ -45,8 +45,10 @@ class RegroupRule:
         density: of ``"budget"``: the share of positions that blocks may cover in every layer. 0: as dense as the
             layer's mask.
         tile: groups have a multiple of so many rows, one of them the remainder too; a narrower layer is one group.
-        multiple: block widths are rounded up to a multiple of so many columns by the best ones left out (``"budget"``
-            stays within its budget). Not for disjoint blocks, whose widths follow from their number.
+        multiple: block widths are rounded up to a multiple of so many columns by the best ones left out, but to no more
+            than the layer has. ``"budget"`` buys columns so many at a time and stays within its budget, unless that
+            is too little for one block of ``min_columns`` rounded up: then it has that one block. Not for
+            disjoint blocks, whose widths follow from their number.
         empty: what becomes of a layer without a block: it stays ``"dense"``, or ``"prune"`` leaves it the smallest
             block allowed, ``min_rows`` in whole tiles by ``min_columns`` (without any weight it would cut the network).
 

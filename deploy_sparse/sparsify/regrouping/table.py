@@ -115,6 +115,18 @@ class Limits:
         )
 
 
+def capped_limits(table: Table, rule: RegroupRule) -> str:
+    """Which limits given explicitly are more than the layer has, in brackets, or nothing."""
+    rows, (all_rows, all_columns) = len(table.alive()), table.counts.shape
+    notes = []
+    if rule.min_rows > rows:
+        notes.append(f"min_rows = {rule.min_rows}, capped at the layer's {rows}{' left' * (rows < all_rows)}")
+    if rule.min_columns > all_columns:
+        left = " left" * (all_columns < table.whole)
+        notes.append(f"min_columns = {rule.min_columns}, capped at the layer's {all_columns}{left}")
+    return f" ({'; '.join(notes)})" if notes else ""
+
+
 @dataclass(frozen=True)
 class Found:
     """The blocks of a layer, or none and why."""

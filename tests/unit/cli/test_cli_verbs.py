@@ -188,7 +188,7 @@ def test_what_a_run_holds_is_pointed_at(capsys, small_run, tmp_path):
         (["run", "imp_refill", "--imp.rate", "0"], r"imp.rate = '0'.*greater than 0"),
         (["run", "imp_refill", "--model.name", "resnet"], r"unknown network 'resnet'"),
         (["run", "imp_refill", "--model.name", "resnet18"], r"'resnet18' makes an error.*images of shape \[1, 8, 8\].*in_channels"),
-        (["run", "imp_refill", "--model.arguments", "{classes = 3}"], r"outputs of shape \[2, 3\].*expected: outputs of shape \[2, 10\]"),
+        (["run", "imp_refill", "--model.arguments", "{classes = 3}"], r"makes 3 classes, the data has 10.*classes=10"),
         (["run", "imp_refill", "--data.name", "digit"], r"unknown data set 'digit'.*did you mean 'digits'\?"),
         (["run", "imp_refill", "--deploy.targets", '["gpu"]'], r"unknown target 'gpu'"),
         (["run", "imp_refill", "--deploy.batches", "[1, 100000]"], r"deploy.batches holds 100000.*'cpu'.*batches from 1 to"),
@@ -215,6 +215,34 @@ def test_bad_input_is_one_message_and_leaves_nothing(capsys, tmp_path, monkeypat
     assert re.fullmatch(r"(.*\n)*error: [^\n]+\n  expected: [^\n]+\n  next step: [^\n]+\n", err), err
     assert "Traceback" not in err
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_under_torchrun_the_first_process_has_time_to_report_bad_input(capsys, monkeypatch, known):
+    from contextlib import nullcontext
+
+    from deploy_sparse.cli import run as verb
+    from deploy_sparse.errors import ConfigError
+    from deploy_sparse.train import distributed
+
+    class Second(distributed.World):
+        def main_first(self, action):
+            kind = distributed.ElsewhereError if known else ConfigError
+            raise kind("bad here", expected="a", fix="b")
+
+    waits = []
+    monkeypatch.setattr(distributed, "joined", lambda: nullcontext(Second(1, 2, 1)))
+    monkeypatch.setattr(verb.time, "sleep", waits.append)
+    code, out, err = run(capsys, "run", "nothing")
+    assert (code, out) == (2, "")
+    assert err == ("" if known else "error: process 1: bad here\n")
+    assert waits == [verb.TORCHRUN_GRACE_S]
+
+
+def test_help_tells_torchruns_exit_code(capsys):
+    with pytest.raises(SystemExit):
+        run(capsys, "run", "--help")
+    assert "under torchrun\nthe exit code is torchrun's own" in capsys.readouterr().out
 
 
 def test_errors_are_json_when_asked_and_tracebacks_only_with_debug(capsys):

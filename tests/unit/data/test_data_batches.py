@@ -140,5 +140,8 @@ def test_workers_change_no_pixel_and_draw_no_global_numbers(pictures):
 def test_a_damaged_file_is_named(pictures, tmp_path, workers):
     (tmp_path / "0.png").write_bytes(pictures.images.path(0).read_bytes()[:200])
     damaged = Split(ImageFiles(tmp_path, pictures.images.names[:1], 18, 16), torch.zeros(1, dtype=torch.int64))
-    with pytest.raises(ConfigError, match=r"0\.png cannot be decoded \(.*truncated[\s\S]*copy that file again"):
+    with pytest.raises(
+        ConfigError,
+        match=r"0\.png cannot be decoded \(.*truncated[\s\S]*copy that file again.*then continue with --resume$",
+    ):
         list(eval_batches(damaged, 1, workers=workers))

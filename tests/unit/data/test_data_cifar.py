@@ -82,7 +82,7 @@ def test_the_seed_decides_what_is_held_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_missing_files_say_what_belongs_where(tmp_path, monkeypatch, name):
     base = KINDS[name][0].base_folder
-    message = rf"{name}: \S+{base}/\S+ does not exist[\s\S]*put {base}/ under {tmp_path}/"
+    message = rf"{name}: \S+{base}/\S+ does not exist[\s\S]*put {base}/ under {tmp_path}/[\s\S]*--data.folder DIR"
     with pytest.raises(ConfigError, match=message):
         data.check_files(name, tmp_path)
     make(name, tmp_path, monkeypatch)
@@ -90,6 +90,20 @@ def test_missing_files_say_what_belongs_where(tmp_path, monkeypatch, name):
     lost.unlink()
     with pytest.raises(ConfigError, match=rf"{name}: {lost} does not exist"):
         data.load(name, seed=0, folder=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_unpacked_folder_itself_will_do(tmp_path, monkeypatch, name):
+    make(name, tmp_path, monkeypatch)
+    inner = tmp_path / KINDS[name][0].base_folder
+    data.check_files(name, inner)
+    one, other = (data.load(name, seed=0, folder=folder) for folder in (tmp_path, inner))
+    assert torch.equal(one.train.images, other.train.images)
+    assert torch.equal(one.test.labels, other.test.labels)
+    lost = inner / KINDS[name][0].test_list[0][0]
+    lost.unlink()
+    with pytest.raises(ConfigError, match=rf"{name}: {lost} does not exist[\s\S]*unpack \S+ anew, or name another"):
+        data.check_files(name, inner)
 
 
 class Bomb:
@@ -101,7 +115,10 @@ def test_an_altered_file_is_named_and_never_opened(tmp_path, monkeypatch):
     make("cifar10", tmp_path, monkeypatch)
     altered = tmp_path / "cifar-10-batches-py" / "data_batch_3"
     altered.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ConfigError, match=rf"{altered} is not the published file[\s\S]*unpack cifar-10-python.tar.gz"):
+    message = (
+        rf"{altered} is not the published file[\s\S]*unpack cifar-10-python.tar.gz anew, then continue with --resume"
+    )
+    with pytest.raises(ConfigError, match=message):
         data.load("cifar10", seed=0, folder=tmp_path)
 
 

@@ -114,7 +114,7 @@ def test_missing_folders_say_what_belongs_where(tmp_path):
     for name, folder in (("tiny-imagenet", "tiny-imagenet-200"), ("imagenet", "imagenet")):
         with pytest.raises(
             ConfigError,
-            match=rf"{name}: {tmp_path}/{folder}/train does not exist[\s\S]*put {folder}/ under {tmp_path}/",
+            match=rf"{name}: {tmp_path}/{folder}/train does not exist[\s\S]*put {folder}/ under {tmp_path}/, or name another folder: --data.folder DIR",
         ):
             data.check_files(name, tmp_path)
     root = tiny(tmp_path)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deploy_sparse.errors import ConfigError, TicketError
+from deploy_sparse.sparsify.entry_scores import magnitude
 from deploy_sparse.sparsify.imp import dense_masks, prune_lowest
 
 
@@ -103,3 +104,25 @@ def test_a_layer_that_would_lose_its_last_weight_is_named():
     masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
     with pytest.raises(TicketError, match=r"leaves layer 'small' without a weight[\s\S]*a lower rate or fewer rounds"):
         prune_lowest(weights, masks, 0.3)
+
+
+def test_without_a_linear_the_last_of_several_convolutions_is_the_head():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1), nn.Flatten())
+    assert list(dense_masks(model)) == ["0.weight", "2.weight"]
+    assert list(dense_masks(model, linear=False)) == ["0.weight", "2.weight", "3.weight"]
+    assert list(dense_masks(model[:1])) == ["0.weight"]
+
+
+def test_layers_that_share_a_weight_have_one_mask():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[2].weight = model[0].weight
+    assert list(dense_masks(model)) == ["0.weight"]
+    assert magnitude(dict(model.named_parameters()), dense_masks(model)).keys() == {"0.weight"}
+    head = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    head[4].weight = head[0].weight
+    assert list(dense_masks(head)) == ["2.weight"]
+
+
+def test_a_pattern_alone_is_one_pattern():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    assert list(dense_masks(model, exclude="0.weight")) == ["1.weight"]

@@ -135,3 +135,21 @@ def test_what_is_missing_or_unknown_is_said(source, options, message):
     model = network()
     with pytest.raises(ConfigError, match=message):
         source_masks(source, model, dense_masks(model), **{"density": 0.5, **options})
+
+
+def test_the_schedule_says_how_the_density_falls_over_the_steps(monkeypatch):
+    model, masks = network(), dense_masks(network())
+    seen = []
+
+    def score(source, *_):
+        seen.append(density(_[1]))
+        return entry_scores.random(masks, 0)
+
+    monkeypatch.setattr("deploy_sparse.sparsify.oneshot._scores", score)
+    for schedule, half_way in (("exponential", 0.5), ("cubic", 0.34375), ("one_shot", 0.25)):
+        seen.clear()
+        found = source_masks("random", model, masks, 0.25, steps=2, schedule=schedule)
+        assert seen == [1.0, pytest.approx(half_way, abs=0.001)]
+        assert density(found) == pytest.approx(0.25, abs=0.001)
+    with pytest.raises(ConfigError, match=r"unknown schedule 'linear'[\s\S]*one_shot, exponential, cubic"):
+        source_masks("random", model, masks, 0.25, schedule="linear")

@@ -130,25 +130,37 @@ def test_pools_of_layers_that_write_one_stream():
     }
     a, b = (producer.weight for producer in stream()[0].producers)
     assert silent_pools(masks, stream(), together=False) == [(a,), (b,)]
-    assert silent_pools(masks, stream(), together=True) == [(a, b)]
+    alone, shared = Slice("a", 0, (0, 1, -1, -1)), Slice("a", 0, (-1, -1, 2, 3))
+    assert silent_pools(masks, stream(), together=True) == [(alone,), (shared, b)]
     del masks["b"]
-    assert silent_pools(masks, stream(), together=True) == []  # b keeps every channel it writes
+    assert silent_pools(masks, stream(), together=True) == [(alone,)]  # b keeps every channel it writes
     assert silent_pools(masks, stream(), together=False) == [(a,)]
     with pytest.raises(TicketError, match=r"mask 'other' belongs to no layer[\s\S]*a, b, out"):
         silent_pools({"other": torch.ones(2, 2) > 0}, stream(), together=True)
 
 
-def test_a_pool_adds_scores_channel_by_channel_and_budgets_weights_together():
+def test_a_pool_takes_mean_scores_and_budgets_weights_together():
+    group = ChannelGroup(
+        "a", 4, (Producer(Slice("a", 0, (0, 1, 2, 3))), Producer(Slice("b", 0, (-1, 3, 2, 1, 0))))
+    )  # fmt: skip
+    masks = {"a": torch.ones(4, 2) > 0, "b": torch.ones(5, 6) > 0}
+    scores = {"a": torch.tensor([1.0, 2.0, 0.0, 0.0]), "b": torch.tensor([9.0, 1.5, 3.0, 0.5, 0.0])}
+    pools = silent_pools(masks, [group], together=True)
+    # a: 8 weights at 1/4, b: 24 weights (its first row is another group's) at 3/4: 20 of 32, so 2.5 of 4 channels
+    found = channels(scores, masks, {"a": 0.25, "b": 0.75}, pools)
+    assert found["a"].any(dim=1).tolist() == [False, True, True, True]  # sums 1, 2.5, 3 and 1.5
+    assert found["b"].any(dim=1).tolist() == [True, True, True, True, False]
+    fewer = channels(scores, masks, {"a": 0.25, "b": 0.5}, pools)  # 14 of 32: 1.75 channels
+    assert fewer["a"].any(dim=1).tolist() == [False, True, True, False]
+
+
+def test_channels_compete_only_with_those_that_the_same_layers_write():
     masks = {"a": torch.ones(4, 2) > 0, "b": torch.ones(3, 6) > 0}
     scores = {"a": torch.tensor([1.0, 2.0, 0.0, 0.0]), "b": torch.tensor([9.0, 1.5, 3.0])}
     pools = silent_pools(masks, stream()[:1], together=True)
-    # a: 8 weights at 1/4, b: 12 weights (its first row is another group's) at 3/4: 11 of 20, so 2.2 of 4 channels
-    found = channels(scores, masks, {"a": 0.25, "b": 0.75}, pools)
-    assert found["a"].any(dim=1).tolist() == [False, True, True, True]  # 1, 2, 1.5 and 3
-    assert found["b"].any(dim=1).tolist() == [True, True, True]
-    fewer = channels(scores, masks, {"a": 0.25, "b": 0.5}, pools)  # 8 of 20: 1.6 channels
-    assert fewer["a"].any(dim=1).tolist() == [False, True, False, True]
-    assert fewer["b"].any(dim=1).tolist() == [True, False, True]
+    found = channels(scores, masks, {"a": 0.5, "b": 0.5}, pools)
+    assert found["a"].any(dim=1).tolist() == [False, True, False, True]  # one of 0 and 1, one of 2 and 3
+    assert found["b"].any(dim=1).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize(

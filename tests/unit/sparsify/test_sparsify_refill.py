@@ -371,3 +371,23 @@ def test_unknown_rules_are_refused():
     ):
         with pytest.raises(ConfigError, match=message):
             refill(mask, weights, (), silent=False, **rule)
+
+
+def test_given_shares_are_the_budget_in_the_place_of_the_masks_densities():
+    mask, weights = torch.ones(10, 3, dtype=torch.bool), {"conv.weight": torch.randn(10, 3)}
+    group = ChannelGroup("conv.weight", 10, (Producer(rows("conv.weight", 10)),))
+    for share, budget, kept in (
+        (0.31, "paper", 4),
+        (0.3, "paper", 3),
+        (0.3, "code", 4),
+        (1.0, "paper", 10),
+        (0, "paper", 1),
+    ):
+        found = refill({"conv.weight": mask}, weights, [group], shares={"conv.weight": share}, budget=budget)
+        assert int(found["conv.weight"].all(dim=1).sum()) == kept
+    masks, weights, group = residual()
+    together = refill(masks, weights, [group], shares={"a": 0.25, "b": 0.75}, coupling="group")
+    assert torch.equal(together["a"], together["b"])
+    for shares, message in (({}, "no share for 'a'"), ({"a": 1.5, "b": 0}, r"share 1.5 of 'a'[\s\S]*\[0, 1\]")):
+        with pytest.raises(ConfigError, match=message):
+            refill(masks, weights, [group], shares=shares)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from deploy_sparse.errors import TicketError
-from deploy_sparse.sparsify.regroup import RegroupRule, layer_table, regroup
+from deploy_sparse.sparsify.regroup import RegroupRule, grouped_convolutions, layer_table, regroup
 from deploy_sparse.sparsify.regrouping.partition import partition
 from deploy_sparse.structure import MIN_BLOCK_ROWS, Blocks, Channels, Dense, row_blocks, structure_of
 
@@ -349,3 +350,47 @@ def test_resnet50_takes_under_ten_seconds_of_one_core():
     finally:
         torch.set_num_threads(threads)
     assert {report.outcome for report in found.layers} == {"blocks"}
+
+
+@pytest.mark.parametrize("rule", [{"tile": 16}, {"tile": 16, "blocks": "disjoint", "columns": "channel", "parts": 1}])
+def test_blocks_that_would_be_the_whole_layer_give_way_where_pruning_is_asked_for(rule):
+    weight, mask = layer((32, 16, 1, 1), 0.99, 0)
+    rule = {"min_nonzeros": 1, "parts": 1} | rule
+    if "blocks" in rule:
+        del rule["min_nonzeros"]
+    after, report = one(weight, mask, **rule)
+    assert (report.outcome, report.reason, bool(after.all())) == ("dense", "its blocks would be the whole layer", True)
+    after, report = one(weight, mask, **rule, empty="prune")
+    assert (report.outcome, report.rows, report.reason) == ("pruned", (16,), "its blocks would be the whole layer")
+    assert int(after.flatten(1).any(dim=1).sum()) == 16
+    after, report = one(weight, mask, **rule, empty="prune", min_rows=32, min_columns=16)
+    assert after.all()
+    assert report.reason == "its blocks would be the whole layer, as would the smallest block allowed"
+
+
+def test_reasons_name_limits_that_the_layer_caps():
+    weight, mask = layer((8, 12), 0.3, 0)
+    reason = one(weight, mask, min_rows=1000, min_nonzeros=8, min_columns=12)[1].reason
+    assert reason.startswith("no 8 or more rows share 12")
+    assert reason.endswith("(min_rows = 1000, capped at the layer's 8)")
+    mask[0] = False
+    reason = one(weight, mask, min_rows=1000, min_columns=99, min_nonzeros=8)[1].reason
+    assert "min_rows = 1000, capped at the layer's 7 left; min_columns = 99, capped at the layer's 12)" in reason
+
+
+def test_convolutions_in_groups_stay_whole_by_name():
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 3, groups=8))
+    assert grouped_convolutions(model) == ("1.weight",)
+    assert grouped_convolutions(model[1]) == ("weight",)
+    weight, mask = layer((64, 8, 3, 3), 0.3, 5)
+    found = regroup({"a": mask, "b": mask}, {"a": weight, "b": weight}, rule=RegroupRule("budget"), dense=("a", "none"))
+    assert found.masks["a"].all()
+    assert not found.masks["b"].all()
+    assert found.layers[0].reason == "a convolution in groups: its columns are other channels for each group"
+
+
+def test_a_budget_too_small_for_one_block_of_whole_multiples_has_that_block():
+    weight, mask = layer((32, 8), 0.05, 0)
+    report = one(weight, mask, rule="budget", multiple=4)[1]
+    assert (len(report.rows), report.columns) == (1, (4,))
+    assert report.density_after > report.density_before

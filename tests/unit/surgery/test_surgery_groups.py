@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -217,6 +219,35 @@ def test_network_that_cannot_be_traced_is_refused_in_one_line():
         channel_groups(Net(), X)
 
 
-def test_wrong_input_shape_is_refused():
-    with pytest.raises(SurgeryError, match="cannot be traced"):
+def test_control_flow_on_data_is_one_message_and_no_graphs(capfd):
+    class Net(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(SurgeryError, match="without data-dependent control flow"):
+        channel_groups(Net(), X)
+    assert "".join(capfd.readouterr()) == ""
+
+
+def test_what_a_traced_network_says_on_standard_error_is_heard(capsys):
+    class Net(nn.Conv2d):
+        def forward(self, x):
+            print("from forward", file=sys.stderr)
+            return super().forward(x)
+
+    channel_groups(Net(X.shape[1], 2, 1), X)
+    assert "from forward" in capsys.readouterr().err
+
+
+def test_wrong_input_shape_is_refused(capfd):
+    message = r"cannot be traced: it does not accept these inputs \(\[.*\]\): .*4 channels[\s\S]*batch axis first"
+    with pytest.raises(SurgeryError, match=message):
         channel_groups(nn.Conv2d(4, 2, 1), X)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.BatchNorm1d(3)).train()
+    flat[2].register_buffer("calls", torch.zeros(()))
+    flat[2].register_forward_pre_hook(lambda module, inputs: module.calls.add_(1))
+    with pytest.raises(SurgeryError, match=r"does not accept these inputs[\s\S]*unsqueeze\(0\)"):
+        channel_groups(flat, torch.rand(3, 2, 2))
+    assert flat[2].calls == 0
+    assert flat[2].training
+    assert "".join(capfd.readouterr()) == ""

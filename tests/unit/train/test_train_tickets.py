@@ -197,3 +197,39 @@ def test_the_board_gets_what_metrics_get(stage, tmp_path, monkeypatch):
     folder = str(tmp_path / "run" / "tensorboard" / "rounds/1")
     names = ("loss", "validation_accuracy", "learning_rate")
     assert rows == [(folder, name, row[name], row["epoch"]) for row in logged for name in names]
+
+
+def kept(folder):
+    return [path.name for path in folder.glob("checkpoints/*/step-*")]
+
+
+def test_checkpoints_are_there_until_their_stage_is_saved(tmp_path):
+    config = CONFIG.model_copy(update={"checkpoint_every": 1})
+    seen = set()
+    with opened(tmp_path / "run", poll=lambda *saved: seen.update(kept(tmp_path / "run"))) as run:
+        dense = trainer(run, config).dense(Method(), DENSE, rewind_epoch=1)
+        assert not (run.folder / "checkpoints").exists()
+        trainer(run, config).train("rounds/1", dense.rewind, StaticMasks(MASKS), MASKS, keep="last")
+        assert not (run.folder / "checkpoints").exists()
+    assert seen
+
+
+def test_a_run_killed_between_a_stage_and_its_checkpoints_sweeps_them_on_resume(tmp_path):
+    config = CONFIG.model_copy(update={"checkpoint_every": 1})
+    polls = []
+
+    def poll(*saved):
+        polls.append(1)
+        if (tmp_path / "run" / "rounds" / "0").exists():
+            raise Interrupted("stopped", signal_number=15, fix="go on")
+
+    with pytest.raises(Interrupted), opened(tmp_path / "run", poll=poll) as run:
+        trainer(run, config).dense(Method(), DENSE, rewind_epoch=1)
+    assert polls
+    assert kept(tmp_path / "run")
+    before = Ticket.load(tmp_path / "run" / "rounds" / "0").hash
+    other = tmp_path / "run" / "checkpoints" / "rounds-1"
+    other.mkdir()
+    with opened(tmp_path / "run") as run:
+        assert trainer(run, config).dense(Method(), DENSE, rewind_epoch=1).last.hash == before
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == [other]

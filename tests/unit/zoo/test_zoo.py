@@ -185,6 +185,7 @@ def test_check_names_the_images_a_network_does_not_take():
     with pytest.raises(ConfigError, match=r"'resnet20' makes an error \(.*\) of two images of shape \[1, 32, 32\]"):
         zoo.check("resnet20", {}, (1, 32, 32), 10)
     with pytest.raises(
-        ConfigError, match=r"outputs of shape \[2, 10\] of two images[\s\S]*expected: outputs of shape \[2, 100\]"
+        ConfigError,
+        match=r"makes 10 classes, the data has 100\n[\s\S]*next step: .*--model.arguments '\{classes=100\}'",
     ):
         zoo.check("resnet20", {}, (3, 32, 32), 100)
