@@ -141,6 +141,18 @@ def test_committed_reports_render_byte_for_byte(folder, tmp_path):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
+def test_the_unstructured_tickets_lead_is_what_the_record_says():
+    """The page's verdict: the ticket beats both controls, for every seed and round."""
+    path = ROOT / "benchmarks/records/cpu-2-cores/tickets-resnet_synthetic/results.jsonl"
+    _, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+    found = {(r["round"], r["seed"], r["arm"]): r for r in rows if r["structure"] == "unstructured"}
+    assert {(number, seed) for number, seed, _ in found} == {(n, s) for n in (3, 6, 12) for s in (0, 1, 2)}
+    for (number, seed, arm), row in found.items():
+        ticket = found[number, seed, "ticket"]
+        assert row["density"] == ticket["density"]
+        assert arm == "ticket" or ticket["test_accuracy"] > row["test_accuracy"]
+
+
 def test_there_are_records():
     assert RECORDS
 
