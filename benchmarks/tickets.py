@@ -10,7 +10,7 @@ three trainings under the same budget:
 
 Accuracy is on the test split, of the epoch with the best validation accuracy. One JSON line a network.
 
-    python benchmarks/tickets.py --config resnet_synthetic --rounds 6 12 --seeds 0 1 2 cpu-2-cores
+    python benchmarks/tickets.py cpu-2-cores --config resnet_synthetic --rounds 3 6 12 --seeds 0 1 2 --runtime.threads 1
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("device", help="name of the device's folder, for example cpu-2-cores")
     parser.add_argument("--config", default="resnet_synthetic", help="a config that imp_refill and imp_regroup have")
-    parser.add_argument("--rounds", type=int, nargs="+", default=[6, 12], help="IMP rounds whose masks are compared")
+    parser.add_argument("--rounds", type=int, nargs="+", default=[3, 6, 12], help="IMP rounds whose masks are compared")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where the runs' folders go")
     options, overrides = parser.parse_known_args()
