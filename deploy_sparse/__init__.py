@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .api import compact as compact
     from .api import load_compact as load_compact
     from .api import oneshot_ticket as oneshot_ticket
+    from .dynamic import dynamic_sparsity as dynamic_sparsity
     from .engine.build import build_engine as build_engine
     from .engine.export import export_onnx as export_onnx
     from .engine.runner import load_engine as load_engine
@@ -25,6 +26,7 @@ _HOMES = {
     "compact": ".api",
     "load_compact": ".api",
     "oneshot_ticket": ".api",
+    "dynamic_sparsity": ".dynamic",
     "export_onnx": ".engine.export",
     "build_engine": ".engine.build",
     "load_engine": ".engine.runner",
@@ -34,6 +36,7 @@ __all__ = [
     "Ticket",
     "build_engine",
     "compact",
+    "dynamic_sparsity",
     "export_onnx",
     "load_compact",
     "load_engine",

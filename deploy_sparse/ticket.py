@@ -119,7 +119,10 @@ class Ticket:
         for name, mask in self.masks.items():
             if mask.dim() < 2:
                 continue
-            layers.append({"layer": name, "shape": list(mask.shape), **_describe(mask)})
+            found = _describe(mask)
+            if found["structure"] == "unstructured":  # channels may be gone all the same, as Chase leaves them
+                found |= {"kept": int(mask.reshape(len(mask), -1).any(dim=1).sum()), "of": len(mask)}
+            layers.append({"layer": name, "shape": list(mask.shape), **found})
         return {
             "kind": "ticket",
             "hash": self.hash,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError
 from .compare import REOPENING, Comparison, Verdict
+from .line_plot import LinePlot
 from .record import LatencyRecord
 from .table import UNKNOWN, Code, Table, count, percent, ratio_and_interval, significant, times
 
@@ -22,8 +23,8 @@ _FINER = ("change, points", "engine KiB", "p99 ms", "samples/s")
 class Report:
     """Everything a report shows.
 
-    ``provenance`` are the lines under the title, ``tables`` any extra tables, ``conditions`` further (label, text)
-    pairs; the text with the label ``command`` is shown as code, to be copied.
+    ``provenance`` are the lines under the title, ``plots`` and ``tables`` any extra ones, ``conditions`` further
+    (label, text) pairs; the text with the label ``command`` is shown as code, to be copied.
 
     Raises:
         ConfigError: a comparison whose record is not among ``records``.
@@ -35,6 +36,7 @@ class Report:
     provenance: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     conditions: tuple[tuple[str, str], ...] = ()
+    plots: tuple[LinePlot, ...] = ()
 
     def __post_init__(self) -> None:
         timed = {_key(record) for record in self.records if record.timed}

@@ -1,4 +1,4 @@
-"""Where the marks of the report's two plots stand. Only geometry: the template draws it, and escapes every text.
+"""Where the marks of the plots of records stand. Only geometry: the template draws it, and escapes every text.
 
 Lengths are SVG user units; a figure is ``WIDTH`` wide, which stays readable at the width of a phone.
 """
@@ -105,9 +105,9 @@ def _accuracy_plot(title: str, group: tuple[LatencyRecord, ...], known: list[Lat
     low, high = min(accuracy.values()) - margin, max(accuracy.values()) + margin
     points: list[Point] = []
     for record in sorted(known, key=lambda r: -accuracy[r.subject]):
-        x = _scale(p50[record.subject], 0, slowest, LEFT, RIGHT)
-        y = _scale(accuracy[record.subject], low, high, BOTTOM, TOP)
-        label = _short(record.subject)
+        x = scale(p50[record.subject], 0, slowest, LEFT, RIGHT)
+        y = scale(accuracy[record.subject], low, high, BOTTOM, TOP)
+        label = shortened(record.subject)
         on_left = x + 10 + CHARACTER * len(label) > RIGHT
         label_x, anchor = (x - 10, "end") if on_left else (x + 10, "start")
         label_y = _free_height(y + 4, x, points)
@@ -137,11 +137,11 @@ def _strip_plot(title: str, group: list[LatencyRecord]) -> StripPlot:
     for row, record in enumerate(group):
         samples = ordered[record.subject]
         y = 24.0 + row * ROW
-        at = [_scale(percentile(samples, p), 0, slowest, STRIP_LEFT, RIGHT) for p in range(1, 100)]
+        at = [scale(percentile(samples, p), 0, slowest, STRIP_LEFT, RIGHT) for p in range(1, 100)]
         p50, p99 = percentile(samples, 50), percentile(samples, 99)
         strips.append(
             Strip(
-                label=_short(record.subject),
+                label=shortened(record.subject),
                 numbers=f"p50 {significant(p50)} ms, p99 {significant(p99)} ms",
                 y=y,
                 p50=at[49],
@@ -153,15 +153,17 @@ def _strip_plot(title: str, group: list[LatencyRecord]) -> StripPlot:
     return StripPlot(title, tuple(strips), ticks, 24.0 + len(group) * ROW + 34)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}…"
+def shortened(name: str, longest: int = LONGEST_LABEL) -> str:
+    """``name`` with at most ``longest`` characters."""
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
 
 
 def _ticks(low: float, high: float, start: float, stop: float) -> tuple[Tick, ...]:
     values = nice_ticks(low, high)
     decimals = max(len(f"{value:g}".partition(".")[2]) for value in values)
-    return tuple(Tick(_scale(value, low, high, start, stop), f"{value:.{decimals}f}") for value in values)
+    return tuple(Tick(scale(value, low, high, start, stop), f"{value:.{decimals}f}") for value in values)
 
 
-def _scale(value: float, low: float, high: float, start: float, stop: float) -> float:
+def scale(value: float, low: float, high: float, start: float, stop: float) -> float:
+    """Where ``value`` stands when ``low`` is at ``start`` and ``high`` at ``stop``."""
     return round(start + (value - low) / (high - low) * (stop - start), 1)

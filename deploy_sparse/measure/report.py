@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.resources import files
 
-from . import contents, figures
+from . import contents, figures, line_figure
 from .contents import Report as Report
 from .contents import final_table as final_table
+from .line_plot import values_table
 from .table import Code, escape_markdown, markdown
 from .table import Table as Table
 
 
 def render_markdown(report: Report) -> str:
-    """The report as GitHub Markdown, without the plots. Equal reports give equal text."""
+    """The report as GitHub Markdown, with tables in place of plots. Equal reports give equal text."""
     return "\n\n".join(part.strip("\n") for part in _markdown_parts(report)) + "\n"
 
 
@@ -38,7 +39,9 @@ def render_html(report: Report) -> str:
         hashes=contents.hashes_table(report),
         accuracy_plots=figures.accuracy_plots(report),
         strip_plots=figures.strip_plots(report),
+        line_figures=[line_figure.line_figure(plot) for plot in report.plots],
         figure=figures,
+        lines=line_figure,
     )
 
 
@@ -47,7 +50,8 @@ def _markdown_parts(report: Report) -> Iterator[str]:
     yield from (escape_markdown(line) for line in report.provenance)
     yield "## Verdict"
     yield _bullets(sentence.text for sentence in contents.verdicts(report))
-    for table in (contents.main_table(report), contents.spread_table(report), *report.tables):
+    own = (contents.main_table(report), contents.spread_table(report))
+    for table in (*own, *map(values_table, report.plots), *report.tables):
         yield from _section(table)
     yield from _section(contents.untimed_table(report), empty="Every engine was timed.")
     yield "## What got slower"

@@ -15,7 +15,9 @@ from .entry_scores import magnitude
 from .patterns import unstructured
 
 
-def dense_masks(model: nn.Module, *, exclude: Sequence[str] = (), linear: bool = True) -> dict[str, torch.Tensor]:
+def dense_masks(
+    model: nn.Module, *, exclude: Sequence[str] = (), linear: bool = True, head: bool = False
+) -> dict[str, torch.Tensor]:
     """All-True masks for every weight that pruning may touch.
 
     The paper prunes everything but the classification head (section 3.1); the public code prunes convolutions only, and
@@ -23,9 +25,9 @@ def dense_masks(model: nn.Module, *, exclude: Sequence[str] = (), linear: bool =
 
     Args:
         exclude: shell patterns of parameter names to leave dense, for example ``("conv1.weight",)`` for a stem.
-        linear: the paper's rule: convolutions and Linear layers, except the head, for which the last Linear in the
-            order of the modules is taken, or in a network without one the last of several convolutions. False:
+        linear: the paper's rule: convolutions and Linear layers, except the head (:func:`head_of`). False:
             convolutions only, as the code has it.
+        head: also the classification head; dynamic sparse training masks it too.
 
     Returns:
         one mask a parameter, named as :meth:`torch.nn.Module.named_parameters` does: layers that share one have one.
@@ -34,23 +36,15 @@ def dense_masks(model: nn.Module, *, exclude: Sequence[str] = (), linear: bool =
         ConfigError: a pattern that matches no such layer, or nothing left to prune.
     """
     exclude = (exclude,) if isinstance(exclude, str) else exclude
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-    layers: dict[str, nn.Module] = {}
-    first: dict[torch.Tensor, str] = {}  # tensors are hashed by identity
-    for path, part in model.named_modules():
-        if isinstance(part, kinds):
-            name = first.setdefault(part.weight, f"{path}.weight" if path else "weight")
-            layers[name] = layers.pop(name, part)  # the last place in the order counts for a shared weight
-    heads = [name for name, part in layers.items() if isinstance(part, nn.Linear)]
-    if linear and not heads and len(layers) > 1:
-        heads = list(layers)
-    weights = {
-        name: weight
-        for name, weight in model.named_parameters()
-        if name in layers
-        and (name != heads[-1] if linear and heads else linear or not isinstance(layers[name], nn.Linear))
-    }
-    what = "convolution or hidden Linear" if linear else "convolution"
+    layers, last = _layers(model), head_of(model)
+
+    def prunable(name: str) -> bool:
+        if head and name == last:
+            return True
+        return name != last if linear else not isinstance(layers[name], nn.Linear)
+
+    weights = {name: weight for name, weight in model.named_parameters() if name in layers and prunable(name)}
+    what = f"convolution or {'' if head else 'hidden '}Linear" if linear else "convolution"
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in weights):
             raise ConfigError(
@@ -68,6 +62,29 @@ def dense_masks(model: nn.Module, *, exclude: Sequence[str] = (), linear: bool =
             f"no {what} is left to prune", expected=f"a network with a {what}", fix="exclude fewer layers"
         )
     return chosen
+
+
+def head_of(model: nn.Module) -> str | None:
+    """The name of the classification head's weight: of the last Linear in the order of the modules.
+
+    In a network without a Linear it is the last of several convolutions; None where there is only one, or none.
+    """
+    layers = _layers(model)
+    linear = [name for name, part in layers.items() if isinstance(part, nn.Linear)]
+    if linear:
+        return linear[-1]
+    return list(layers)[-1] if len(layers) > 1 else None
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Convolutions and Linear layers by the name of their weight, in the order of the modules."""
+    layers: dict[str, nn.Module] = {}
+    first: dict[torch.Tensor, str] = {}  # tensors are hashed by identity
+    for path, part in model.named_modules():
+        if isinstance(part, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
+            name = first.setdefault(part.weight, f"{path}.weight" if path else "weight")
+            layers[name] = layers.pop(name, part)  # the last place in the order counts for a shared weight
+    return layers
 
 
 def prune_lowest(weights: Mapping[str, torch.Tensor], masks: Masks, rate: float) -> dict[str, torch.Tensor]:

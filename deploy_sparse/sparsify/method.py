@@ -33,6 +33,14 @@ class Method:
     def after_step_(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Called, in place, after optimizer step ``step`` (from 0)."""
 
+    def ready(self, step: int) -> bool:
+        """Whether the network that optimizer step ``step`` left may be kept; False while it is not sparse enough."""
+        return True
+
+    def figures(self) -> dict[str, float]:
+        """Numbers for an epoch's row of metrics, by name."""
+        return {}
+
     def state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint must hold, besides weights and optimizer, for an exact resume."""
         return {}

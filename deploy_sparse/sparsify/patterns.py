@@ -17,7 +17,19 @@ from ..structure import ChannelGroup, Masks, Slice
 from .distribution import Shares, counts, exact
 from .silence import silence
 
-__all__ = ["Width", "channels", "row_pools", "silence", "silent_pools", "top", "unstructured", "whole"]
+__all__ = [
+    "Width",
+    "by_writers",
+    "channels",
+    "keep_largest",
+    "refuse_unknown",
+    "row_pools",
+    "silence",
+    "silent_pools",
+    "top",
+    "unstructured",
+    "whole",
+]
 
 Width = Callable[[Fraction, int], int]
 """From a budget in channels, not rounded, and the number of channels to how many are kept."""
@@ -45,7 +57,7 @@ def unstructured(
     numbers = {"": wanted} if isinstance(wanted, int) else wanted
     found: dict[str, torch.Tensor] = {}
     for pool, names in pooled.items():
-        found |= _keep_largest(scores, {name: masks[name] for name in names}, numbers[pool], spare_best)
+        found |= keep_largest(scores, {name: masks[name] for name in names}, numbers[pool], spare_best)
     for name, mask in found.items():
         if not bool(mask.any()):
             share = sum(int(m.sum()) for m in found.values()) / sum(m.numel() for m in found.values())
@@ -114,14 +126,7 @@ def silent_pools(masks: Masks, groups: Sequence[ChannelGroup], *, together: bool
     Raises:
         TicketError: a mask that belongs to no group.
     """
-    known = {part.name for group in groups for part in (*(p.weight for p in group.producers), *group.shared)}
-    for name in masks:
-        if name not in known:
-            raise TicketError(
-                f"mask {name!r} belongs to no layer that writes channels of the traced network",
-                expected=f"masks of {', '.join(sorted(p.weight.name for g in groups for p in g.producers)[:4])} …",
-                fix="use masks and channel groups of the same network",
-            )
+    refuse_unknown(masks, groups)
     pools: list[Pool] = []
     for group in groups:
         rows = [producer.weight for producer in group.producers if producer.weight.name in masks]
@@ -130,11 +135,27 @@ def silent_pools(masks: Masks, groups: Sequence[ChannelGroup], *, together: bool
         if not together:
             pools += [(own,) for own in rows]
         else:
-            pools += [pool for pool in _by_writers(group) if all(own.name in masks for own in pool)]
+            pools += [pool for pool in by_writers(group) if all(own.name in masks for own in pool)]
     return pools
 
 
-def _by_writers(group: ChannelGroup) -> list[Pool]:
+def refuse_unknown(masks: Masks, groups: Sequence[ChannelGroup]) -> None:
+    """Refuse masks of another network.
+
+    Raises:
+        TicketError: a mask that belongs to no group.
+    """
+    known = {part.name for group in groups for part in (*(p.weight for p in group.producers), *group.shared)}
+    for name in masks:
+        if name not in known:
+            raise TicketError(
+                f"mask {name!r} belongs to no layer that writes channels of the traced network",
+                expected=f"masks of {', '.join(sorted(p.weight.name for g in groups for p in g.producers)[:4])} …",
+                fix="use masks and channel groups of the same network",
+            )
+
+
+def by_writers(group: ChannelGroup) -> list[Pool]:
     """The group's channels parted by which producers write them, in the order of their first channels."""
     layers = [producer.weight for producer in group.producers]
     written = [frozenset(rows.channels) for rows in layers]
@@ -225,9 +246,20 @@ def _ranked_together(candidates: Sequence[_Candidates], share: Fraction) -> list
     return [Fraction(count) for count in kept]
 
 
-def _keep_largest(
-    scores: Mapping[str, torch.Tensor], masks: Masks, count: int, spare_best: bool
+def keep_largest(
+    scores: Mapping[str, torch.Tensor], masks: Masks, count: int, spare_best: bool = False
 ) -> dict[str, torch.Tensor]:
+    """The ``count`` entries of the masks with the largest scores, over all layers; of equal scores the later ones.
+
+    Args:
+        scores: shaped like the masks.
+        masks: what may survive.
+        count: all survive if there are no more.
+        spare_best: the best entry of every layer survives, at the cost of another.
+
+    Raises:
+        TicketError: a score that is not finite.
+    """
     alive = [scores[name].detach()[mask.to(scores[name].device)] for name, mask in masks.items()]
     pool = torch.cat(alive)  # [survivors of all layers]
     if not bool(torch.isfinite(pool).all()):

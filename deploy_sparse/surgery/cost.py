@@ -1,13 +1,15 @@
-"""What a network costs: parameters, and multiply-accumulates of one sample."""
+"""What a network costs: parameters, and multiply-accumulates of one sample, as a whole and by weight."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,62 @@ def cost_of(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Cost, lis
         inputs: positional inputs; axis 0 of the first one is the batch.
     """
     with FlopCounterMode(display=False) as counter:
-        outputs = module(*(x.clone() if isinstance(x, torch.Tensor) else x for x in inputs))
-    batch = max(1, inputs[0].shape[0])
+        outputs = module(*_copies(inputs))
     parameters = sum(p.numel() for p in module.parameters())
     shapes = [y.shape for y in pytree.tree_leaves(outputs) if isinstance(y, torch.Tensor)]
-    return Cost(parameters, counter.get_total_flops() // (2 * batch)), shapes
+    return Cost(parameters, counter.get_total_flops() // (2 * _batch(inputs))), shapes
+
+
+@torch.no_grad()
+def layer_macs(module: torch.nn.Module, inputs: tuple[Any, ...]) -> dict[str, int]:
+    """Run ``module`` once; the dense multiply-accumulates of one sample by the weight they multiply with.
+
+    Every convolution (grouped and transposed ones too) and Linear layer has an entry, 0 where it is not called; so has
+    any other parameter that a convolution or matrix product reads. Calls of one weight add up, also where layers share
+    it. What :func:`cost_of` counts besides are products of two activations, as in attention.
+
+    Args:
+        module: in evaluation mode; the meta device is enough.
+        inputs: positional inputs; axis 0 of the first one is the batch.
+
+    Returns:
+        by parameter name, as :meth:`torch.nn.Module.named_parameters` has it.
+    """
+    weights = {name: weight for name, weight in module.named_parameters() if weight.dim() > 1}
+    layers = (torch.nn.modules.conv._ConvNd, torch.nn.Linear)
+    own = {id(part.weight) for part in module.modules() if isinstance(part, layers)}
+    with _Products(weights) as products:
+        module(*_copies(inputs))
+    found = {name: products.macs.get(name, 0) // _batch(inputs) for name in weights}
+    return {name: macs for name, macs in found.items() if macs or id(weights[name]) in own}
+
+
+class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the multiply-accumulates of every operator that reads one of the weights, by the weight's name."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names = {id(weight): name for name, weight in weights.items()}
+        self.macs: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None and (read := [name for arg in args if (name := self._name(arg)) is not None]):
+            self.macs[read[-1]] = self.macs.get(read[-1], 0) + count(*args, **(kwargs or {}), out_val=result) // 2
+        return result
+
+    def _name(self, argument: Any) -> str | None:
+        """The weight that an operator's argument is, or is a view of, as Linear's transposed weight."""
+        if not isinstance(argument, torch.Tensor):
+            return None
+        return self.names.get(id(argument)) or self.names.get(id(argument._base))
+
+
+def _copies(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs, safe from a network that writes into them."""
+    return tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in inputs)
+
+
+def _batch(inputs: tuple[Any, ...]) -> int:
+    return max(1, int(inputs[0].shape[0]))

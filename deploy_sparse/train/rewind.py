@@ -14,30 +14,30 @@ from .. import artifact
 from ..errors import ArtifactError
 from ..ticket import Ticket
 
-_KIND = "momentum"
+_KIND = "memory"
 
 
 @dataclass(frozen=True)
 class RewindPoint:
     """Weights, BatchNorm statistics, optimizer state and position in the schedule to start a training from.
 
-    A point of epoch i leaves t - i of a schedule's t epochs to train. With ``epoch`` 0 and no ``momentum`` the
+    A point of epoch i leaves t - i of a schedule's t epochs to train. With ``epoch`` 0 and no ``memory`` the
     optimizer is fresh and the whole schedule follows, as in the paper's public code, or when fine-tuning.
 
     Attributes:
         ticket: weights and BatchNorm statistics; its masks play no part.
         epoch: the epoch to start at, in the schedule and in the order of the data.
-        momentum: what SGD remembers, by parameter name.
+        memory: what the optimizer remembers, by ``"<slot>/<parameter>"``.
     """
 
     ticket: Ticket
     epoch: int = 0
-    momentum: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    memory: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def save(self, folder: Path) -> None:
-        """Write the ticket as ``folder``, and beside it ``<folder>_momentum`` with the rest."""
+        """Write the ticket as ``folder``, and beside it ``<folder>_memory`` with the rest."""
         self.ticket.save(folder)
-        payload = {f"{_KIND}.safetensors": bytes_from_tensors({n: v.contiguous() for n, v in self.momentum.items()})}
+        payload = {f"{_KIND}.safetensors": bytes_from_tensors({n: v.contiguous() for n, v in self.memory.items()})}
         artifact.write_artifact(_beside(folder), _KIND, payload, {"ticket": self.ticket.hash, "epoch": self.epoch})
 
     @classmethod
@@ -59,4 +59,4 @@ class RewindPoint:
 
 
 def _beside(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}_momentum")
+    return folder.with_name(f"{folder.name}_memory")

@@ -1,4 +1,4 @@
-"""How one network is trained: SGD's numbers, and the learning rate at every moment."""
+"""How one network is trained: the optimizer's numbers, and the learning rate at every moment."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from ..config import Config
 from ..errors import ConfigError
 from .distributed import world
 
+_Share = Annotated[float, Field(ge=0, lt=1)]
+
 
 class FitConfig(Config):
     """How one network is trained."""
 
     epochs: int = Field(20, ge=1, description="passes over the training split")
     batch_size: int = Field(64, ge=2, description="images a step, over all processes")
-    lr: float = Field(0.1, gt=0, description="peak learning rate of SGD")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="adamw wants a far lower fit.lr than sgd")
+    lr: float = Field(0.1, gt=0, description="peak learning rate")
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
-    nesterov: bool = Field(True, description="Nesterov's momentum")
-    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty")
+    nesterov: bool = Field(True, description="Nesterov's momentum, of SGD")
+    betas: tuple[_Share, _Share] = Field((0.9, 0.999), description="decay of AdamW's two moments")
+    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty; AdamW's own decay, which its moments do not see")
+    decay_norms: bool = Field(True, description="false: no weight decay on norms' scale and shift and on biases")
     schedule: Literal["cosine", "step"] = Field("cosine", description="cosine to zero, or ×gamma at the milestones")
     milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (), description="epochs at which the step schedule drops; empty for 1/2 and 3/4 of fit.epochs"
@@ -68,6 +73,23 @@ def check_batch_size(config: FitConfig, train_images: int) -> None:
             expected=f"a multiple of {processes}: the batch is split over the processes",
             fix=f"for example --fit.batch_size {-(-config.batch_size // processes) * processes}",
         )
+
+
+def check_optimizer(config: FitConfig) -> None:
+    """Refuse numbers of an optimizer that is not the chosen one.
+
+    Raises:
+        ConfigError: naming the key and the optimizer it belongs to.
+    """
+    for key, optimizer in {"momentum": "sgd", "betas": "adamw"}.items():
+        value = getattr(config, key)
+        if config.optimizer != optimizer and value != FitConfig.model_fields[key].default:
+            raise ConfigError(
+                f"fit.{key} = {list(value) if isinstance(value, tuple) else value} "
+                f'with fit.optimizer = "{config.optimizer}"',
+                expected=f'fit.{key} only with fit.optimizer = "{optimizer}"',
+                fix="drop one of the two",
+            )
 
 
 def check_start(config: FitConfig, epoch: int) -> None:

@@ -11,7 +11,9 @@ import torch
 
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .distributed import world
-from .step import State, TrainStep, momentum_of, set_momentum_
+from .optimizer import memory_of, set_memory_
+from .step import TrainStep
+from .tensors import State
 
 
 @dataclass
@@ -22,8 +24,9 @@ class Progress:
         step: optimizer steps taken, counted from epoch 0.
         loss: sum of this process's losses in the running epoch, float64 on the device; kept there so that no step
             has to wait for it.
-        best: the kept network's state after the epoch with the best validation accuracy.
-        early: the model's state at the start of the epoch asked for, and ``early_momentum`` the optimizer's.
+        best: the kept network's state after the epoch with the best validation accuracy, and ``best_masks`` the
+            method's masks there.
+        early: the model's state at the start of the epoch asked for, and ``early_memory`` the optimizer's.
     """
 
     step: int
@@ -31,8 +34,9 @@ class Progress:
     best_epoch: int = -1
     best_accuracy: float = -1.0
     best: State | None = None
+    best_masks: State | None = None
     early: State | None = None
-    early_momentum: State | None = None
+    early_memory: State | None = None
 
 
 def save_progress(folder: Path, training: TrainStep, progress: Progress) -> None:
@@ -69,20 +73,22 @@ def restore_progress(folder: Path, training: TrainStep, progress: Progress, *, w
         values["best_epoch"],
         values["best_accuracy"],
         best=_part(found, "best/") or None,
+        best_masks=_part(found, "best_masks/"),
         early=_part(found, "early/") or None,
-        early_momentum=_part(found, "early_momentum/") if values["early"] else None,
+        early_memory=_part(found, "early_memory/") if values["early"] else None,
     )
 
 
 def _snapshot(training: TrainStep, progress: Progress, losses: list[float]) -> Checkpoint:
     parts = {
         "model": training.model.state_dict(),
-        "momentum": momentum_of(training.model, training.optimizer),
+        "memory": memory_of(training.model, training.optimizer),
         "method": training.method.state(),
         "average": {} if training.average is None else training.average.module.state_dict(),
         "best": progress.best or {},
+        "best_masks": progress.best_masks or {},
         "early": progress.early or {},
-        "early_momentum": progress.early_momentum or {},
+        "early_memory": progress.early_memory or {},
     }
     values = {
         "losses": losses,
@@ -98,7 +104,7 @@ def _snapshot(training: TrainStep, progress: Progress, losses: list[float]) -> C
 
 def _restore_(found: Checkpoint, training: TrainStep) -> None:
     training.model.load_state_dict(_part(found, "model/"))
-    set_momentum_(training.model, training.optimizer, _part(found, "momentum/"))
+    set_memory_(training.model, training.optimizer, _part(found, "memory/"))
     training.method.restore_(_part(found, "method/"))
     if training.average is not None:
         training.average.module.load_state_dict(_part(found, "average/"))

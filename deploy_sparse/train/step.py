@@ -9,13 +9,11 @@ from torch import nn
 from torch.nn import functional
 
 from ..sparsify.method import Method
-from ..structure import Masks
 from .average import MovingAverage
 from .distributed import world
+from .optimizer import make_optimizer, masked_memory, set_memory_
 from .runtime import Runtime
 from .schedule import FitConfig
-
-State = dict[str, torch.Tensor]
 
 
 class TrainStep:
@@ -24,7 +22,7 @@ class TrainStep:
     Args:
         model: trained in place; moved to the runtime's device and layout.
         method: started here; sees the model itself, never a wrapper.
-        momentum: what the optimizer remembers at the start, by parameter name; empty for a fresh optimizer.
+        memory: what the optimizer remembers at the start, by ``"<slot>/<parameter>"``; empty for a fresh one.
     """
 
     def __init__(
@@ -33,20 +31,13 @@ class TrainStep:
         config: FitConfig,
         method: Method,
         runtime: Runtime,
-        momentum: Mapping[str, torch.Tensor],
+        memory: Mapping[str, torch.Tensor],
     ) -> None:
         self.model = runtime.place_(model)
         self.config, self.method, self.runtime = config, method, runtime
-        self.optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=config.nesterov and config.momentum > 0,
-        )
+        self.optimizer = make_optimizer(model, config)
         method.start_(model)
-        masked = {n: v * method.masks[n].cpu() if n in method.masks else v for n, v in momentum.items()}
-        set_momentum_(model, self.optimizer, masked)
+        set_memory_(model, self.optimizer, masked_memory(memory, method.masks))
         self.average = MovingAverage(model, config.ema) if config.ema else None
         self.scaler = runtime.scaler()
         self.forward = runtime.forward(model)
@@ -97,35 +88,3 @@ class TrainStep:
         if self.average is not None:
             self.average.update_(self.model)
         return loss.detach()
-
-
-@torch.no_grad()
-def mask_(model: nn.Module, masks: Masks) -> None:
-    """Set masked weights to zero, in place."""
-    parameters = dict(model.named_parameters())
-    for name, mask in masks.items():
-        parameters[name].mul_(mask)
-
-
-def momentum_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    """Copies, on the CPU, of what SGD remembers, by parameter name; empty before its first step."""
-    found = {n: optimizer.state.get(p, {}).get("momentum_buffer") for n, p in model.named_parameters()}
-    return {name: cpu_copy(value) for name, value in found.items() if value is not None}
-
-
-def set_momentum_(model: nn.Module, optimizer: torch.optim.Optimizer, momentum: Mapping[str, torch.Tensor]) -> None:
-    """Make SGD remember ``momentum``, by parameter name."""
-    parameters = dict(model.named_parameters())
-    for name, value in momentum.items():
-        parameter = parameters[name]
-        optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter, requires_grad=False).copy_(value)
-
-
-def copy_state(model: nn.Module) -> State:
-    """A copy of the state dict on the CPU: weights and BatchNorm statistics."""
-    return {name: cpu_copy(tensor) for name, tensor in model.state_dict().items()}
-
-
-def cpu_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy on the CPU."""
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

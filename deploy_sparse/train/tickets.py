@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 
 from .. import artifact
+from ..data.batches import train_batches
 from ..data.splits import Splits
 from ..errors import ArtifactError
 from ..sparsify.method import Method
 from ..structure import Masks
 from ..ticket import ModelRef, Provenance, Ticket
+from .batchnorm import reestimate_
 from .board import Board
-from .distributed import world
+from .distributed import poll_together, world
+from .evaluate import accuracy
 from .loop import Fitted, fit
 from .rewind import RewindPoint as RewindPoint
 from .run import Run
 from .runtime import Runtime
 from .schedule import FitConfig, check_start
-from .step import State, copy_state
+from .tensors import State, copy_state, digest
 
 T = TypeVar("T")
 
@@ -80,7 +83,7 @@ class TicketTrainer:
             ConfigError: a rewind epoch behind the last one.
         """
         check_start(self.fit, rewind_epoch)
-        beside = {name: self.run.folder / name for name in ("initial", "rewind", "rewind_momentum", "dense")}
+        beside = {name: self.run.folder / name for name in ("initial", "rewind", "rewind_memory", "dense")}
 
         def make() -> DenseStage:
             initial = copy_state(self.factory())
@@ -90,7 +93,7 @@ class TicketTrainer:
             return DenseStage(
                 self._ticket(fitted.best, {}, None, _metrics(fitted, 0)),
                 self._ticket(fitted.last, masks, None, _metrics(fitted, 0)),
-                RewindPoint(early, rewind_epoch, fitted.early_momentum),
+                RewindPoint(early, rewind_epoch, fitted.early_memory),
                 self._ticket(initial, {}, None, {}),
             )
 
@@ -109,8 +112,19 @@ class TicketTrainer:
 
         return self._once("rounds/0", make, save, load)
 
+    def initial(self) -> RewindPoint:
+        """The initial weights as stage ``initial``, for trainings that no dense one goes before.
+
+        The ticket is the one that :meth:`dense` leaves there.
+        """
+
+        def make() -> Ticket:
+            return self._ticket(copy_state(self.factory()), {}, None, {})
+
+        return RewindPoint(self.run.once("initial", make, Ticket.save, self._load))
+
     def train(
-        self, name: str, start: RewindPoint, method: Method, masks: Masks, *, keep: Literal["last", "best"]
+        self, name: str, start: RewindPoint, method: Method, masks: Masks | None, *, keep: Literal["last", "best"]
     ) -> Ticket:
         """Train from ``start`` to the end of the schedule and keep the last or best weights.
 
@@ -118,18 +132,24 @@ class TicketTrainer:
             name: the stage, a folder in the run.
             start: weights, BatchNorm statistics, optimizer state (masked by the method) and epoch.
             method: what holds the masks during training.
-            masks: the ticket's masks.
+            masks: the ticket's masks; None for those the method had where the kept weights are from.
+
+        Raises:
+            ArtifactError: the stage is there and was made from something else; of masks that the method chose only
+                the start and the configuration are compared.
         """
 
         def make() -> Ticket:
-            fitted = self._fit(name, start.ticket.weights, start.epoch, start.momentum, method, None)
-            weights = fitted.best if keep == "best" else fitted.last
-            return self._ticket(weights, masks, start.ticket.hash, _metrics(fitted, start.epoch))
+            fitted = self._fit(name, start.ticket.weights, start.epoch, start.memory, method, None)
+            best = keep == "best"
+            weights, found = (fitted.best, fitted.best_masks) if best else (fitted.last, fitted.last_masks)
+            left = found if masks is None else masks
+            return self._ticket(weights, left, start.ticket.hash, _metrics(fitted, start.epoch))
 
         def load(folder: Path) -> Ticket:
             ticket = self._load(folder)
-            same = ticket.masks.keys() == masks.keys() and all(
-                torch.equal(ticket.masks[k], m) for k, m in masks.items()
+            same = masks is None or (
+                ticket.masks.keys() == masks.keys() and all(torch.equal(ticket.masks[k], m) for k, m in masks.items())
             )
             parent, epoch = ticket.provenance.parent, ticket.provenance.metrics.get("first_epoch")
             if (parent, epoch) != (start.ticket.hash, start.epoch) or not same:
@@ -142,6 +162,53 @@ class TicketTrainer:
             return ticket
 
         return self._once(name, make, Ticket.save, load)
+
+    def reestimated(self, name: str, ticket: Ticket, *, batches: int | None) -> Ticket:
+        """The ticket with BatchNorm statistics measured anew, under its masks, on training images as they are.
+
+        Weights and masks stay; the validation accuracy is the new one. Changes what the network computes, so it goes
+        before surgery, never between surgery and its check.
+
+        Args:
+            name: the stage, a folder in the run.
+            batches: batches of ``fit.batch_size`` to measure on, at most one epoch; None for the epoch.
+
+        Raises:
+            ConfigError: a network without BatchNorm, or no batch.
+            ArtifactError: the stage is there and was made from another ticket.
+        """
+
+        def make() -> Ticket:
+            network = self.factory()
+            network.load_state_dict(ticket.masked_weights())
+            reestimate_(network.to(self.runtime.device), self._images(batches))
+            world().share_(network.buffers())  # processes on unlike machines may differ in the last bits
+            found = copy_state(network)
+            weights = {**ticket.weights, **{n: found[n] for n, _ in network.named_buffers() if n in found}}
+            value = accuracy(network, self.data.validation, runtime=self.runtime, processes=world())
+            metrics = {**ticket.provenance.metrics, "validation_accuracy": value}
+            return self._ticket(weights, ticket.masks, ticket.hash, metrics)
+
+        def load(folder: Path) -> Ticket:
+            found = self._load(folder)
+            if found.provenance.parent != ticket.hash:
+                raise ArtifactError(
+                    f"{folder} was made from another ticket",
+                    expected=f"a ticket made from {ticket.hash[:12]}",
+                    fix=f"remove {folder}",
+                )
+            return found
+
+        return self.run.once(name, make, Ticket.save, load)
+
+    def _images(self, batches: int | None) -> Iterator[torch.Tensor]:
+        """The first batches of epoch 0 on the device, not augmented, the same ones on every process."""
+        source = train_batches(
+            self.data.train, self.fit.batch_size, seed=self.seed, epoch=0, workers=self.runtime.config.workers
+        )
+        for images, _ in self.runtime.batches(islice(source, batches)):
+            poll_together(self.run.poll)
+            yield images
 
     def _once(self, name: str, make: Callable[[], T], save: Callable[[T, Path], Any], load: Callable[[Path], T]) -> T:
         """A stage of the run; once it is saved, by this or an earlier attempt, its checkpoints are of no use."""
@@ -161,7 +228,7 @@ class TicketTrainer:
         name: str,
         weights: Mapping[str, torch.Tensor],
         epoch: int,
-        momentum: Mapping[str, torch.Tensor],
+        memory: Mapping[str, torch.Tensor],
         method: Method,
         keep_epoch: int | None,
     ) -> Fitted:
@@ -187,13 +254,14 @@ class TicketTrainer:
                 checkpoints=self._checkpoints(name),
                 runtime=self.runtime,
                 start_epoch=epoch,
-                momentum=momentum,
+                memory=memory,
                 keep_epoch=keep_epoch,
                 poll=self.run.poll,
                 on_epoch=on_epoch,
                 warn=self.run.console.warn,
             )
-        world().check_same(_digest(fitted.last, fitted.best, method.masks), f"the weights of {name}")
+        ends = (fitted.last, fitted.last_masks, fitted.best, fitted.best_masks)
+        world().check_same(digest(*ends), f"the weights and masks of {name}")
         return fitted
 
     def _ticket(self, weights: State, masks: Masks, parent: str | None, metrics: Mapping[str, float]) -> Ticket:
@@ -227,12 +295,3 @@ def _metrics(fitted: Fitted, first_epoch: int) -> dict[str, float]:
         "best_epoch": fitted.best_epoch,
         "first_epoch": first_epoch,
     }
-
-
-def _digest(*states: Mapping[str, torch.Tensor]) -> str:
-    found = hashlib.sha256()
-    for state in states:
-        for name in sorted(state):
-            found.update(name.encode())
-            found.update(state[name].detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()

@@ -24,6 +24,7 @@ from ..engine.onnx_file import OnnxFile
 from ..engine.target import Target, load_target
 from ..errors import ArtifactError, BuildError, ConfigError, MissingDependencyError
 from ..measure.contents import Report, final_table, untimed_table, verdicts
+from ..measure.line_plot import LinePlot
 from ..measure.profile import Facts, profile
 from ..measure.record import LatencyRecord, read_records, write_records
 from ..measure.table import Table
@@ -36,6 +37,8 @@ Factory = Callable[[], torch.nn.Module]
 Predict = Callable[[torch.Tensor], torch.Tensor]
 Poll = Callable[[], None]
 Say = Callable[[str], None]
+
+_UNTRAINED = "dense network", "not trained: it stands here for its time only, and its accuracy is not known"
 
 
 class DeployConfig(Config):
@@ -96,6 +99,8 @@ def deliver(
     config: DeployConfig,
     title: str,
     tables: Sequence[Table] = (),
+    plots: Sequence[LinePlot] = (),
+    dense_is_trained: bool = True,
     command: str = "",
     poll: Poll = lambda: None,
     say: Say = lambda text: None,
@@ -109,6 +114,9 @@ def deliver(
         evaluate: the metric (0..1) of a function from an image batch ``[N, C, H, W]`` to logits ``[N, classes]``;
             called with each engine that runs here, so the reported accuracy is that of the deployed file.
         tables: extra tables for the report.
+        plots: extra plots for the report.
+        dense_is_trained: False where ``dense`` is the baseline for time only: its accuracy is not computed and stays
+            unknown, and the report's conditions say so.
         command: shown in the report.
         poll: raises when the run was asked to stop.
         say: receives progress lines.
@@ -141,14 +149,16 @@ def deliver(
     verb = "agree with their ONNX graphs" if len(networks) > 1 else "agrees with its ONNX graph"
     say(f"export: {' and '.join(networks)} {verb} in ONNX Runtime")
     engines, not_built = _engines(targets, subjects, folder / "engines", poll, say)
-    records = _timed(engines, subjects, evaluate, config, folder / "records.jsonl", poll, say)
+    judged = [subject.name for subject in subjects if dense_is_trained or subject.name != "dense"]
+    records = _timed(engines, subjects, judged, evaluate, config, folder / "records.jsonl", poll, say)
     if not_built:
         extra.append(Table("Targets not built", ("target", "why"), tuple(not_built.items())))
     text = ReportText(
         title=title,
         provenance=tuple(provenance),
         tables=tuple(extra),
-        conditions=(("command", command),) if command else (),
+        conditions=(*(() if dense_is_trained else (_UNTRAINED,)), *((("command", command),) if command else ())),
+        plots=tuple(plots),
     )
     return {**summary_of(write_report(folder, records, text), folder), "not_built": not_built}
 
@@ -228,20 +238,29 @@ def _engines(
 def _timed(
     engines: Mapping[str, Mapping[str, Engine]],
     subjects: Sequence[_Subject],
+    judged: Sequence[str],
     evaluate: Callable[[Predict], float],
     config: DeployConfig,
     path: Path,
     poll: Poll,
     say: Say,
 ) -> tuple[LatencyRecord, ...]:
-    """Every target's records: from ``path`` where they are of exactly these engines and batches, else timed now."""
+    """Every target's records: from ``path`` where they are of exactly these engines and batches, else timed now.
+
+    Only the ``judged`` subjects have their accuracy computed.
+    """
     with _removable(path):
         known = read_records(path) if path.exists() else ()
     records: list[LatencyRecord] = []
     for target, built in engines.items():
         found = [record for record in known if record.target == target]
         if {_what(record) for record in found} != _wanted(built, config.batches):
-            facts = {s.name: Facts(accuracy=_accuracy(built[s.name], evaluate), ticket=s.ticket) for s in subjects}
+            facts = {
+                s.name: Facts(
+                    accuracy=_accuracy(built[s.name], evaluate) if s.name in judged else None, ticket=s.ticket
+                )
+                for s in subjects
+            }
             made = profile(built, "dense", batches=config.batches, duration_s=config.duration_s, facts=facts, poll=poll)
             found = list(made.records)
             timed = sum(record.status == "timed" for record in found)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import artifact
-from ..errors import ArtifactError
+from ..errors import ArtifactError, ConfigError
 from ..measure.compare import compare_all
 from ..measure.contents import Report
+from ..measure.line_plot import LinePlot, Series
 from ..measure.record import LatencyRecord, read_records
 from ..measure.report import render_html, render_markdown
 from ..measure.table import Table
@@ -24,6 +25,7 @@ class ReportText:
     provenance: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     conditions: tuple[tuple[str, str], ...] = ()
+    plots: tuple[LinePlot, ...] = ()
 
 
 def write_report(folder: Path, records: Sequence[LatencyRecord], text: ReportText) -> Report:
@@ -31,6 +33,8 @@ def write_report(folder: Path, records: Sequence[LatencyRecord], text: ReportTex
     tables = [{"title": t.title, "columns": t.columns, "rows": t.rows, "note": t.note} for t in text.tables]
     body: dict[str, Any] = {"kind": "report", "title": text.title, "provenance": text.provenance, "tables": tables}
     body["conditions"] = text.conditions
+    if text.plots:
+        body["plots"] = [asdict(plot) for plot in text.plots]
     artifact.write_json(folder / "report.json", {**body, "digest": artifact.digest_of(body)})
     report = _report(records, text)
     write_report_files(folder, report)
@@ -56,8 +60,9 @@ def load_report(folder: Path) -> Report:
             Table(t["title"], tuple(t["columns"]), tuple(map(tuple, t["rows"])), t["note"]) for t in stored["tables"]
         )
         conditions = tuple((label, value) for label, value in stored["conditions"])
-        text = ReportText(stored["title"], tuple(stored["provenance"]), tables, conditions)
-    except (KeyError, TypeError, ValueError) as problem:
+        plots = tuple(map(_plot, stored.get("plots", ())))  # reports of earlier versions have none
+        text = ReportText(stored["title"], tuple(stored["provenance"]), tables, conditions, plots)
+    except (KeyError, TypeError, ValueError, ConfigError) as problem:
         raise ArtifactError(
             f"{folder / 'report.json'} is no report text ({problem!r})",
             expected="the file a run wrote",
@@ -74,7 +79,13 @@ def _report(records: Sequence[LatencyRecord], text: ReportText) -> Report:
         text.provenance,
         tables=text.tables,
         conditions=text.conditions,
+        plots=text.plots,
     )
+
+
+def _plot(stored: Mapping[str, Any]) -> LinePlot:
+    series = tuple(Series(s["label"], tuple((x, y) for x, y in s["points"])) for s in stored["series"])
+    return LinePlot(stored["title"], stored["x_label"], stored["y_label"], series, stored["note"])
 
 
 def write_report_files(folder: Path, report: Report) -> None:

@@ -12,7 +12,7 @@ from ..config import Config
 from ..errors import ConfigError
 from ..sparsify.imp import dense_masks
 from ..train.runtime import RuntimeConfig, check_runtime
-from ..train.schedule import FitConfig, check_batch_size
+from ..train.schedule import FitConfig, check_batch_size, check_optimizer
 from ..tune.deliver import DeployConfig, check_deploy
 
 
@@ -21,6 +21,10 @@ class ModelConfig(Config):
 
     name: str = Field("resnet_digits", description="zoo name, or torchvision/<name>")
     arguments: dict[str, Any] = Field({}, description="arguments of the zoo's factory")
+    init: Literal["own", "fan_in"] = Field(
+        "own",
+        description="initial weights: the network's own, or Kaiming normal (fan-in) for convolutions and Linear layers",
+    )
 
 
 class DataConfig(Config):
@@ -85,6 +89,7 @@ def check_study(config: StudyConfig) -> None:
             expected='milestones only with fit.schedule = "step"',
             fix="drop one of the two",
         )
+    check_optimizer(config.fit)
     images = data.describe(config.data.name, config.data.arguments)
     zoo.check(config.model.name, config.model.arguments, images.image_shape, images.classes)
     data.check_files(config.data.name, Path(config.data.folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..measure.line_plot import LinePlot
 from ..measure.table import Table
 from ..structure import density, row_density
 from ..ticket import Ticket
@@ -29,10 +30,18 @@ def choose(dense: DenseStage, tickets: Mapping[int, Ticket], tolerance: float) -
     return max(score, key=lambda number: (score[number], -left[number], number))
 
 
-def deploy(work: Work, dense: Ticket, ticket: Ticket | None, title: str, tables: Sequence[Table]) -> Mapping[str, Any]:
+def deploy(
+    work: Work,
+    dense: Ticket,
+    ticket: Ticket | None,
+    title: str,
+    tables: Sequence[Table],
+    plots: Sequence[LinePlot] = (),
+) -> Mapping[str, Any]:
     """Everything after training; only the main process of a distributed run does it.
 
     Args:
+        dense: the baseline; one without a validation accuracy is untrained, and timed only.
         ticket: the chosen ticket; without one the dense network is deployed alone.
 
     Returns:
@@ -52,6 +61,8 @@ def deploy(work: Work, dense: Ticket, ticket: Ticket | None, title: str, tables:
         config=work.config.deploy,
         title=f"{work.config.model.name} on {work.config.data.name}: {title}",
         tables=tables,
+        plots=plots,
+        dense_is_trained="validation_accuracy" in dense.provenance.metrics,
         command=work.run.origin,
         poll=work.run.poll,
         say=work.run.console.say,

@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from .. import data, zoo
 from ..data import Splits, train_batches
@@ -99,7 +101,16 @@ def prepare(config: StudyConfig, run: Run, method: str) -> Work:
 
 
 def initial_network(config: StudyConfig) -> torch.nn.Module:
-    """The dense network with the seed's initial weights, whatever was drawn before."""
+    """The dense network with the seed's initial weights, whatever was drawn before.
+
+    With ``model.init = "fan_in"`` the weights of convolutions and Linear layers are Kaiming normal (fan-in, for ReLU),
+    as the ImageNet command of Chase (Yin et al. 2023) has them; all other parameters are the network's own.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return zoo.build(config.model.name, **config.model.arguments)
+        network = zoo.build(config.model.name, **config.model.arguments)
+        if config.model.init == "fan_in":
+            for module in network.modules():
+                if isinstance(module, _ConvNd | nn.Linear):
+                    nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+        return network

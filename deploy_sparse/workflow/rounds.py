@@ -84,7 +84,7 @@ def structural_ticket(work: Work, round: Round, masks: Masks) -> Ticket:
 
 
 def _start(rewind: RewindPoint, imp: ImpConfig) -> RewindPoint:
-    return rewind if imp.retrain == "rest" else replace(rewind, epoch=0, momentum={})
+    return rewind if imp.retrain == "rest" else replace(rewind, epoch=0, memory={})
 
 
 def _one_shot(work: Work, dense: DenseStage, imp: ImpConfig, number: int) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from recipe_runs import REGROUP, SMALL
+from recipe_runs import REGROUP, SETTINGS
 
 from deploy_sparse.cli.main import VERBS, main
 from deploy_sparse.tune.run_report import load_report, write_report_files
@@ -55,7 +55,7 @@ def test_every_command_of_the_readme_runs(workplace, capsys):
     }
     for words in commands:
         if words[1] == "run":  # the small run: the whole one is `make demo`
-            small = {"imp_refill": SMALL, "imp_regroup": REGROUP}[words[2]]
+            small = {**SETTINGS, "imp_regroup": REGROUP}[words[2]]
             words += small if "--resume" in words else [*small, "--out", f"runs/fresh-{words[2]}"]
         assert main(words[1:]) == 0, (words, capsys.readouterr().err)
 

@@ -20,24 +20,38 @@ REGROUP = [
 ]  # fmt: skip
 
 
-def command(folder: Path, *more: str) -> list[str]:
-    words = ["run", "imp_refill", "--config", "resnet_digits", "--out", str(folder), *SMALL, *more]
+DST = [
+    "--model.arguments", "{widths = [16, 16, 32]}", "--fit.epochs", "6", "--fit.warmup_epochs", "0", "--fit.checkpoint_every", "1", "--sparse.density", "0.1",
+    "--explore.interval", "4", "--runtime.threads", "1", "--deploy.targets", '["cpu"]', "--deploy.batches", "[1]", "--deploy.duration_s", "0.05",
+]  # fmt: skip
+CHASE = [*DST, "--channels.interval", "4", "--sparse.baseline", "untrained"]
+SETTINGS = {"imp_refill": SMALL, "chase": CHASE, "rigl": DST, "set": DST}
+
+
+def command(folder: Path, *more: str, recipe: str = "imp_refill") -> list[str]:
+    words = ["run", recipe, "--config", "resnet_digits", "--out", str(folder), *SETTINGS[recipe], *more]
     return [sys.executable, "-m", "deploy_sparse.cli.main", *words]
 
 
-def finish(folder: Path, *more: str) -> dict:
+def finish(folder: Path, *more: str, recipe: str = "imp_refill") -> dict:
     """Run to the end and return the JSON result."""
-    answer = subprocess.run(command(folder, "--json", *more), capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        command(folder, "--json", *more, recipe=recipe), capture_output=True, text=True, check=False
+    )
     assert answer.returncode == 0, answer.stderr
     return json.loads(answer.stdout)
 
 
 def stop_when(
-    folder: Path, appears: str, number: signal.Signals, delay: float, *more: str
+    folder: Path, appears: str, number: signal.Signals, delay: float, *more: str, recipe: str = "imp_refill"
 ) -> subprocess.CompletedProcess:
     """Start a run, wait until ``appears`` exists in its folder plus ``delay`` seconds, and send it a signal."""
     process = subprocess.Popen(
-        command(folder, *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
+        command(folder, *more, recipe=recipe),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ},
     )
     deadline = time.monotonic() + 120
     while not (folder / appears).exists() and process.poll() is None and time.monotonic() < deadline:

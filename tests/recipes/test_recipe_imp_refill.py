@@ -22,8 +22,8 @@ from deploy_sparse.structure import Channels, Dense, density, structure_of
 from deploy_sparse.surgery.graph import channel_groups
 from deploy_sparse.surgery.plan import SurgeryPlan
 from deploy_sparse.train.console import Console
-from deploy_sparse.train.loop import copy_state
 from deploy_sparse.train.run import open_run
+from deploy_sparse.train.tensors import copy_state
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ ALLOWED = {
         "config",
         "errors",
     },
+    "dynamic": {"sparsify", "surgery", "structure", "ticket", "errors"},
     "api": {"zoo", "sparsify", "surgery", "engine", "ticket", "structure", "artifact", "config", "errors"},
 }
 HEAVY = {"torch", "torchvision", "onnx", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx", "torch_tensorrt",

@@ -28,3 +28,11 @@ def test_inputs_are_named_where_some_are_unused(capsys, tmp_path):
     assert " 8 of 8 rows, 7 of 8 inputs " in lines["columns"]
     assert " 6 of 8  " in lines["rows"]
     assert " 7 of 8 rows, 6 of 8 inputs " in lines["both"]
+
+
+def test_of_single_weights_the_channels_that_are_left_are_named_too(capsys, tmp_path):
+    mask = torch.rand(8, 8, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.3
+    mask[:3] = mask[:, :2] = False
+    Ticket({"w": torch.ones(8, 8, 3, 3)}, {"w": mask}, ModelRef("net"), Provenance("test")).save(tmp_path / "t")
+    assert main(["show", str(tmp_path / "t")]) == 0
+    assert " unstructured  5 of 8 rows, 6 of 8 inputs " in capsys.readouterr().out

@@ -10,6 +10,7 @@ from deploy_sparse.errors import ConfigError
 from deploy_sparse.measure.compare import compare_all
 from deploy_sparse.measure.contents import verdicts
 from deploy_sparse.measure.figures import nice_ticks
+from deploy_sparse.measure.line_plot import LinePlot, Series
 from deploy_sparse.measure.report import Report, Table, final_table, render_html, render_markdown
 from deploy_sparse.measure.table import plain
 
@@ -95,6 +96,23 @@ def test_sections_stand_in_order(report):
     found = re.findall(r"^## (.*)$", render_markdown(report), flags=re.MULTILINE)
     assert found == SECTIONS
     assert Page(render_html(report)).headings == [report.title, *SECTIONS[:2], *PLOTS, *SECTIONS[2:]]
+
+
+def test_plots_stand_before_the_extra_tables_and_without_any_nothing_changes(report):
+    curves = LinePlot("Density", "epoch", "share", (Series("weights", ((1, 1.0), (2, 0.5))),), "A note.")
+    text, source = render_markdown(report), render_html(report)
+    drawn = replace(report, plots=(curves,))
+    page = Page(render_html(drawn))
+    place = SECTIONS.index("IMP rounds")
+    assert page.headings == [report.title, *SECTIONS[:2], *PLOTS, *SECTIONS[2:place], "Curves", *SECTIONS[place:]]
+    assert "A note." in page.text
+    table = (
+        "## Density\n\n| epoch | weights |\n| ---: | ---: |\n| 1 | 1.000 |\n| 2 | 0.5000 |\n\nShown: share. A note.\n\n"
+    )
+    assert render_markdown(drawn) == text.replace("## IMP rounds", f"{table}## IMP rounds")
+    assert "Curves" not in source
+    added = re.sub(r"<section>\n<h2>Curves.*?</section>\n", "", render_html(drawn), flags=re.DOTALL)
+    assert re.sub(r":root \{ --l0.*?\.d4[^\n]*\n", "", added, flags=re.DOTALL) == source
 
 
 def test_one_verdict_for_each_comparison_and_untimed_target(report):
@@ -208,7 +226,7 @@ def test_everything_is_escaped(make_record):
     untimed = make_record(timed=False, target="x" + NASTY, reason=NASTY)
     report = Report(
         NASTY, (*records, untimed), compare_all(records), (NASTY,), (Table(NASTY, (NASTY,), ((NASTY,),), NASTY),),
-        ((NASTY, NASTY), ("command", NASTY)),
+        ((NASTY, NASTY), ("command", NASTY)), (LinePlot(NASTY, NASTY, NASTY, (Series(NASTY, ((0, 1),)),), NASTY),),
     )  # fmt: skip
     source = render_html(report)
     page = Page(source)

@@ -8,7 +8,7 @@ from torch import nn
 
 from deploy_sparse.errors import ConfigError, TicketError
 from deploy_sparse.sparsify.entry_scores import magnitude
-from deploy_sparse.sparsify.imp import dense_masks, prune_lowest
+from deploy_sparse.sparsify.imp import dense_masks, head_of, prune_lowest
 
 
 def weights_of(seed, *shapes):
@@ -126,3 +126,29 @@ def test_layers_that_share_a_weight_have_one_mask():
 def test_a_pattern_alone_is_one_pattern():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 2))
     assert list(dense_masks(model, exclude="0.weight")) == ["1.weight"]
+
+
+def test_the_head_is_the_last_linear_or_the_last_of_several_convolutions():
+    convolutions = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    assert head_of(convolutions) == "2.weight"
+    assert head_of(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2), nn.Conv2d(3, 4, 3))) == "1.weight"
+    assert head_of(nn.Linear(2, 2)) == "weight"
+    assert head_of(convolutions[:1]) is None
+    assert head_of(nn.ReLU()) is None
+    shared = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    shared[2].weight = shared[0].weight
+    assert head_of(shared) == "0.weight"
+
+
+def test_dynamic_sparse_training_masks_the_head_too():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 3), nn.Linear(3, 2))
+    assert list(dense_masks(model, head=True)) == ["0.weight", "2.weight", "3.weight"]
+    assert list(dense_masks(model, head=True, linear=False)) == ["0.weight", "3.weight"]
+    assert list(dense_masks(model, head=True, exclude="3.*")) == ["0.weight", "2.weight"]
+    assert list(dense_masks(nn.Linear(2, 2), head=True)) == ["weight"]
+    assert list(dense_masks(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)), head=True)) == [
+        "0.weight",
+        "1.weight",
+    ]
+    with pytest.raises(ConfigError, match=r"'9.weight' matches no convolution or Linear\n"):
+        dense_masks(model, head=True, exclude="9.weight")

@@ -54,7 +54,7 @@ def together(tmp_path_factory):
     return folder, *started(2, folder)
 
 
-def test_processes_hold_the_same_weights_masks_and_momentum(together):
+def test_processes_hold_the_same_weights_masks_and_memory(together):
     _, _, (first, second) = together
     assert first["digest"] == second["digest"]
     assert first["weights"] == second["weights"]
@@ -75,6 +75,22 @@ def test_a_moving_average_resumes_exactly_too(together):
     digests = {part[key] for part in found for key in ("averaged", "averaged-resumed")}
     assert len(digests) == 1
     assert digests != {found[0]["digest"]}
+
+
+def test_moving_masks_under_adamw_resume_exactly_and_are_the_same_everywhere(together):
+    _, _, found = together
+    assert [part["moving-stop"][0] for part in found] == ["Interrupted", "Interrupted"]
+    assert "saved at step 6" in found[0]["moving-stop"][1]
+    assert len({part[key] for part in found for key in ("moving", "moving-resumed")}) == 1
+
+
+def test_masks_that_differ_between_processes_end_the_training_after_its_first_epoch(together):
+    folder, _, (first, second) = together
+    assert first["apart"] == second["apart"]
+    (kind, text), rows = first["apart"]
+    assert (kind, rows) == ("RunError", 0)
+    assert text.startswith("the masks after epoch 0 differ between processes")
+    assert not (folder / "apart").exists()  # no checkpoint of it
 
 
 def test_two_processes_end_close_to_one(together, tmp_path):

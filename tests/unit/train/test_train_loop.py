@@ -12,7 +12,8 @@ from deploy_sparse.train.checkpoint import Checkpoint, load_checkpoint, save_che
 from deploy_sparse.train.evaluate import accuracy
 from deploy_sparse.train.loop import FitConfig, fit
 from deploy_sparse.train.runtime import RuntimeConfig, start_runtime
-from deploy_sparse.train.step import TrainStep, copy_state
+from deploy_sparse.train.step import TrainStep
+from deploy_sparse.train.tensors import copy_state
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,9 @@ def assert_equal(resumed, whole):
     assert same(resumed.last, whole.last)
     assert same(resumed.best, whole.best)
     assert same(resumed.early, whole.early)
-    assert same(resumed.early_momentum, whole.early_momentum)
+    assert same(resumed.early_memory, whole.early_memory)
+    assert same(resumed.best_masks, whole.best_masks)
+    assert same(resumed.last_masks, whole.last_masks)
     assert (resumed.best_epoch, resumed.validation_accuracy) == (whole.best_epoch, whole.validation_accuracy)
 
 
@@ -41,7 +44,7 @@ VARIANTS = {
     "plain momentum": {"config": CONFIG.model_copy(update={"nesterov": False, "schedule": "step"})},
     "method with a state": {"method": GradientMemory},
     "bf16, channels last": {"runtime": {"precision": "bf16", "channels_last": True}},
-    "late start": {"start_epoch": 1, "momentum": {"0.weight": torch.ones(4, 1, 3, 3)}, "keep_epoch": 2},
+    "late start": {"start_epoch": 1, "memory": {"momentum_buffer/0.weight": torch.ones(4, 1, 3, 3)}, "keep_epoch": 2},
 }
 
 
@@ -88,9 +91,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(tmp_path, undisturb
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_masks_hold_in_every_state_that_is_returned(tmp_path, ema):
     fitted = train(tmp_path, config=CONFIG.model_copy(update={"ema": ema}))
-    for state in (fitted.last, fitted.best, fitted.early, fitted.early_momentum):
-        assert bool((state["0.weight"][~MASKS["0.weight"]] == 0).all())
-        assert bool((state["0.weight"][MASKS["0.weight"]] != 0).any())
+    buffer = fitted.early_memory["momentum_buffer/0.weight"]
+    for weight in (*(state["0.weight"] for state in (fitted.last, fitted.best, fitted.early)), buffer):
+        assert bool((weight[~MASKS["0.weight"]] == 0).all())
+        assert bool((weight[MASKS["0.weight"]] != 0).any())
 
 
 def test_the_kept_epoch_is_its_start(tmp_path, undisturbed):
@@ -98,16 +102,16 @@ def test_the_kept_epoch_is_its_start(tmp_path, undisturbed):
     started = network()
     StaticMasks(MASKS).start_(started)
     assert same(first.early, copy_state(started))
-    assert first.early_momentum == {}
+    assert first.early_memory == {}
     assert not same(first.early, undisturbed.early)
-    assert undisturbed.early_momentum.keys() == dict(started.named_parameters()).keys()
+    assert undisturbed.early_memory.keys() == {f"momentum_buffer/{n}" for n, _ in started.named_parameters()}
 
 
 def test_the_rest_of_a_training_from_its_kept_epoch_is_the_training_itself(tmp_path, undisturbed):
     model = network()
     model.load_state_dict(undisturbed.early)
     options = {"seed": 3, "start_epoch": 1}
-    rest = fit(model, splits(), CONFIG, StaticMasks(MASKS), checkpoints=tmp_path / "a", momentum=undisturbed.early_momentum, **options)  # fmt: skip
+    rest = fit(model, splits(), CONFIG, StaticMasks(MASKS), checkpoints=tmp_path / "a", memory=undisturbed.early_memory, **options)  # fmt: skip
     assert same(rest.last, undisturbed.last)
     model.load_state_dict(undisturbed.early)
     fresh = fit(model, splits(), CONFIG, StaticMasks(MASKS), checkpoints=tmp_path / "b", **options)
@@ -121,9 +125,9 @@ def test_momentum_of_masked_weights_is_not_taken_up(tmp_path):
         def after_backward_(self, model, step):
             seen.append(model[0].weight.detach().clone())
 
-    momentum = {"0.weight": torch.full((4, 1, 3, 3), 5.0)}
+    memory = {"momentum_buffer/0.weight": torch.full((4, 1, 3, 3), 5.0)}
     runtime = start_runtime(RuntimeConfig(device="cpu", threads=1))
-    training = TrainStep(network(), CONFIG, Watching(MASKS), runtime, momentum)
+    training = TrainStep(network(), CONFIG, Watching(MASKS), runtime, memory)
     buffer = training.optimizer.state[training.model[0].weight]["momentum_buffer"]
     assert torch.equal(buffer, 5.0 * MASKS["0.weight"])
 

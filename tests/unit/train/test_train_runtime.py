@@ -80,7 +80,9 @@ def test_bf16_ends_close_to_fp32(tmp_path):
 
 def test_channels_last_reaches_weights_images_and_momentum_but_not_what_is_kept(tmp_path):
     runtime = started(channels_last=True)
-    training = TrainStep(network(), CONFIG, StaticMasks(MASKS), runtime, {"0.weight": torch.ones(4, 1, 3, 3)})
+    training = TrainStep(
+        network(), CONFIG, StaticMasks(MASKS), runtime, {"momentum_buffer/0.weight": torch.ones(4, 1, 3, 3)}
+    )
     layout = {"memory_format": torch.channels_last}
     images = torch.zeros(2, 3, 4, 4)
     assert not images.is_contiguous(**layout)
@@ -186,18 +188,19 @@ def test_the_board_gets_the_rows_and_replaces_those_of_an_earlier_attempt(tmp_pa
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_training_on_a_gpu_resumes_exactly(tmp_path, precision):
+def test_a_training_on_a_gpu_resumes_exactly(tmp_path, precision, optimizer):
     from train_samples import StopAfter
 
     from deploy_sparse.errors import Interrupted
 
     runtime = start_runtime(RuntimeConfig(device="cuda", precision=precision, channels_last=True))
-    config = CONFIG.model_copy(update={"ema": 0.9})
+    config = CONFIG.model_copy(update={"ema": 0.9, "optimizer": optimizer, "decay_norms": optimizer == "sgd"})
     whole = train(tmp_path / "whole", runtime=runtime, config=config)
     with pytest.raises(Interrupted):
         train(tmp_path / "parts", StopAfter(4), runtime=runtime, config=config)
     parts = train(tmp_path / "parts", runtime=runtime, config=config)
     assert same(parts.last, whole.last)
-    assert same(parts.early_momentum, whole.early_momentum)
+    assert same(parts.early_memory, whole.early_memory)
     assert {tensor.device.type for tensor in whole.last.values()} == {"cpu"}

@@ -56,12 +56,12 @@ def test_the_dense_stage_leaves_its_start_its_rewind_point_and_its_ends(stage):
     assert same(dense.initial.weights, network().state_dict())
     assert dense.rewind.epoch == 1
     assert not torch.equal(dense.rewind.ticket.weights["1.running_mean"], torch.zeros(4))
-    assert dense.rewind.momentum.keys() == dict(network().named_parameters()).keys()
+    assert dense.rewind.memory.keys() == {f"momentum_buffer/{n}" for n, _ in network().named_parameters()}
     for name, ticket in (("initial", dense.initial), ("dense", dense.best), ("rounds/0", dense.last)):
         assert Ticket.load(folder / name).hash == ticket.hash
     found = RewindPoint.load(folder / "rewind")
     assert (found.ticket.hash, found.epoch) == (dense.rewind.ticket.hash, 1)
-    assert same(found.momentum, dense.rewind.momentum)
+    assert same(found.memory, dense.rewind.memory)
 
 
 def test_training_on_from_the_rewind_point_is_the_dense_training_itself(stage, tmp_path):
@@ -81,8 +81,8 @@ def test_a_fresh_optimizer_and_the_whole_schedule_is_another_training(stage, tmp
     with opened(tmp_path / "run") as run:
         make = partial(trainer(run).train, method=Method(), masks=DENSE, keep="last")
         rest = make("rest", dense.rewind)
-        whole = make("whole", replace(dense.rewind, epoch=0, momentum={}))
-        no_momentum = make("no-momentum", replace(dense.rewind, momentum={}))
+        whole = make("whole", replace(dense.rewind, epoch=0, memory={}))
+        no_momentum = make("no-momentum", replace(dense.rewind, memory={}))
         initial = make("initial", RewindPoint(dense.initial))
         rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows if row["training"] == "whole"] == [0, 1, 2]
@@ -136,22 +136,22 @@ def test_a_stage_of_another_start_or_other_masks_is_refused(stage, tmp_path):
 def test_a_rewind_point_whose_halves_do_not_belong_together_is_refused(stage, tmp_path):
     dense, _ = stage
     dense.rewind.save(tmp_path / "rewind")
-    other = RewindPoint(dense.initial, 1, dense.rewind.momentum)
+    other = RewindPoint(dense.initial, 1, dense.rewind.memory)
     other.save(tmp_path / "other")
-    (tmp_path / "rewind_momentum").rename(tmp_path / "away")
-    with pytest.raises(ArtifactError, match=r"rewind_momentum does not exist"):
+    (tmp_path / "rewind_memory").rename(tmp_path / "away")
+    with pytest.raises(ArtifactError, match=r"rewind_memory does not exist"):
         RewindPoint.load(tmp_path / "rewind")
-    (tmp_path / "other_momentum").rename(tmp_path / "rewind_momentum")
-    with pytest.raises(ArtifactError, match=r"rewind_momentum belongs to another rewind point"):
+    (tmp_path / "other_memory").rename(tmp_path / "rewind_memory")
+    with pytest.raises(ArtifactError, match=r"rewind_memory belongs to another rewind point"):
         RewindPoint.load(tmp_path / "rewind")
 
 
-def test_damaged_momentum_is_found(stage, tmp_path):
+def test_a_damaged_memory_is_found(stage, tmp_path):
     dense, _ = stage
     dense.rewind.save(tmp_path / "rewind")
-    file = tmp_path / "rewind_momentum" / "momentum.safetensors"
+    file = tmp_path / "rewind_memory" / "memory.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(ArtifactError, match=r"momentum.safetensors is damaged"):
+    with pytest.raises(ArtifactError, match=r"memory.safetensors is damaged"):
         RewindPoint.load(tmp_path / "rewind")
 
 
@@ -160,14 +160,14 @@ def test_damaged_momentum_is_found(stage, tmp_path):
     st.integers(0, 300),
     st.dictionaries(st.sampled_from("abcd"), st.lists(st.floats(width=32, allow_nan=False), max_size=5)),
 )
-def test_a_rewind_point_survives_the_disk(tmp_path_factory, epoch, momentum):
+def test_a_rewind_point_survives_the_disk(tmp_path_factory, epoch, memory):
     ticket = Ticket({"w": torch.ones(2)}, {}, ModelRef("user factory"), Provenance("toy"))
-    point = RewindPoint(ticket, epoch, {name: torch.tensor(values) for name, values in momentum.items()})
+    point = RewindPoint(ticket, epoch, {name: torch.tensor(values) for name, values in memory.items()})
     folder = tmp_path_factory.mktemp("points") / "rewind"
     point.save(folder)
     found = RewindPoint.load(folder)
     assert (found.ticket.hash, found.epoch) == (ticket.hash, epoch)
-    assert same(found.momentum, point.momentum)
+    assert same(found.memory, point.memory)
 
 
 def test_a_rewind_epoch_behind_the_end_is_refused_before_training(tmp_path):

@@ -7,6 +7,7 @@ from deploy_sparse.data.splits import Augmentation, Split, Splits
 from deploy_sparse.errors import Interrupted
 from deploy_sparse.sparsify.method import Method, StaticMasks
 from deploy_sparse.train.loop import FitConfig, fit
+from deploy_sparse.train.tensors import mask_
 
 CONFIG = FitConfig(epochs=3, batch_size=8, lr=0.05, warmup_epochs=1, checkpoint_every=1)
 STEPS = 3 * 3
@@ -82,6 +83,52 @@ class GradientMemory(Method):
 
     def restore_(self, state):
         self.total = state["total"].clone()
+
+
+class Moving(Method):
+    """Half of the first layer's weights survive; at some steps they become those with the largest gradients so far."""
+
+    MOVES = (1, 4, 7)
+
+    def __init__(self, ready_from=0):
+        super().__init__()
+        self.ready_from = ready_from
+
+    def start_(self, model):
+        weight = model[0].weight
+        self.masks = {"0.weight": torch.zeros_like(weight, dtype=torch.bool)}
+        self.masks["0.weight"].view(-1)[::2] = True
+        self.total, self.moved = torch.zeros_like(weight), 0
+        mask_(model, self.masks)
+
+    def after_backward_(self, model, step):
+        self.total += model[0].weight.grad.abs()
+
+    @torch.no_grad()
+    def after_step_(self, model, optimizer, step):
+        mask = self.masks["0.weight"]
+        if step in self.MOVES:
+            before = mask.clone()
+            best = self.total.flatten().topk(mask.numel() // 2).indices
+            mask.zero_().view(-1)[best] = True
+            self.moved += int((mask != before).sum())
+            self.total.zero_()
+        for value in (model[0].weight, *optimizer.state[model[0].weight].values()):
+            if value.shape == mask.shape:
+                value.mul_(mask)
+
+    def ready(self, step):
+        return step >= self.ready_from
+
+    def figures(self):
+        return {"moved": float(self.moved)}
+
+    def state(self):
+        return {"mask": self.masks["0.weight"], "total": self.total, "moved": torch.tensor(self.moved)}
+
+    def restore_(self, state):
+        self.masks = {"0.weight": state["mask"].clone()}
+        self.total, self.moved = state["total"].clone(), int(state["moved"])
 
 
 def train(folder, poll=lambda saved: None, *, config=CONFIG, method=None, **options):

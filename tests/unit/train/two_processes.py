@@ -5,7 +5,7 @@ import json
 from functools import partial
 
 from torch import nn
-from train_samples import CONFIG, MASKS, StopAfter, backwards, network, splits
+from train_samples import CONFIG, MASKS, Moving, StopAfter, backwards, network, splits
 
 from deploy_sparse.config import Config
 from deploy_sparse.errors import ArtifactError, DeploySparseError
@@ -17,7 +17,8 @@ from deploy_sparse.train.evaluate import accuracy
 from deploy_sparse.train.loop import fit
 from deploy_sparse.train.run import open_run
 from deploy_sparse.train.runtime import RuntimeConfig, start_runtime
-from deploy_sparse.train.tickets import TicketTrainer, _digest
+from deploy_sparse.train.tensors import digest
+from deploy_sparse.train.tickets import TicketTrainer
 
 
 class RecipeConfig(Config):
@@ -44,18 +45,34 @@ def trainer(run, config, factory):
 
 
 def tickets(run, config, factory):
-    """(digest, weights) of a dense stage with momentum and of a ticket trained from its rewind point."""
+    """(digest, weights) of a dense stage with its memory and of a ticket trained from its rewind point."""
     making = trainer(run, config, factory)
     dense = making.dense(Method(), {}, rewind_epoch=1)
     ticket = making.train("rounds/1", dense.rewind, StaticMasks(MASKS), MASKS, keep="last")
-    parts = (dense.initial.weights, dense.best.weights, dense.last.weights, dense.rewind.momentum)
-    return _digest(*parts, ticket.weights, ticket.masks), ticket.weights
+    parts = (dense.initial.weights, dense.best.weights, dense.last.weights, dense.rewind.memory)
+    return digest(*parts, ticket.weights, ticket.masks), ticket.weights
 
 
 def stopping(folder, poll, config, factory=network):
     """The same, in a run of its own whose ``poll`` may stop it."""
     with open_run(folder, "toy", {}, resume=True, command="again", console=Console(io.StringIO()), poll=poll) as run:
         return tickets(run, config, factory)[0]
+
+
+def moving(folder, poll, config):
+    """The digest of a ticket whose masks moved, and of that ticket with BatchNorm statistics measured anew."""
+    with open_run(folder, "toy", {}, resume=True, command="again", console=Console(io.StringIO()), poll=poll) as run:
+        making = trainer(run, config, network)
+        ticket = making.train("moving", making.initial(), Moving(), None, keep="last")
+        found = making.reestimated("reestimated", ticket, batches=None)
+        return digest(ticket.weights, ticket.masks, found.weights, found.masks)
+
+
+def apart(folder, config):
+    """What a training says whose masks differ between processes, and the epochs it told of."""
+    rows, masks = [], {"0.weight": MASKS["0.weight"].roll(world().rank, 0)}
+    options = {"seed": 3, "checkpoints": folder, "on_epoch": rows.append}
+    return [said(lambda: fit(network(), splits(), config, StaticMasks(masks), **options)), len(rows)]
 
 
 def said(action):
@@ -104,6 +121,13 @@ def main(config, run):
     found["averaged"] = stopping(run.folder / "averaged", never, averaged)
     said(partial(stopping, run.folder / "averaged-stopped", StopAfter(7), averaged))
     found["averaged-resumed"] = stopping(run.folder / "averaged-stopped", never, averaged)
+    adam = plain.model_copy(update={"optimizer": "adamw", "lr": 0.01, "decay_norms": False})
+    found["moving"] = moving(run.folder / "moving", never, adam)
+    found["moving-stop"] = said(
+        partial(moving, run.folder / "moving-stopped", StopAfter(9) if me.rank == 1 else never, adam)
+    )
+    found["moving-resumed"] = moving(run.folder / "moving-stopped", never, adam)
+    found["apart"] = apart(run.folder / "apart", plain)
 
     runtime = start_runtime(RuntimeConfig(device="cpu", threads=1))
     options = {"seed": 3, "checkpoints": run.folder / "plain", "runtime": runtime}

@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from deploy_sparse.artifact import sha256_file
+from deploy_sparse.artifact import digest_of, read_json, sha256_file, write_json
 from deploy_sparse.engine import _trt
-from deploy_sparse.errors import ConfigError, Interrupted, MissingDependencyError
+from deploy_sparse.errors import ArtifactError, ConfigError, Interrupted, MissingDependencyError
+from deploy_sparse.measure.line_plot import LinePlot, Series
 from deploy_sparse.measure.record import read_records
 from deploy_sparse.measure.table import Table
 from deploy_sparse.ticket import ModelRef, Provenance, Ticket
 from deploy_sparse.tune.deliver import DeployConfig, check_deploy, deliver
-from deploy_sparse.tune.run_report import load_report
+from deploy_sparse.tune.run_report import load_report, write_report_files
 
 
 def network():
@@ -99,6 +100,63 @@ def test_extra_tables_and_the_command_are_in_the_report(tmp_path):
     report = load_report(tmp_path)
     assert [t.title for t in report.tables] == ["Rounds", "Layers before and after surgery"]
     assert ("command", "deploy-sparse run x") in report.conditions
+
+
+CURVES = LinePlot("Density", "epoch", "share", (Series("weights", ((1, 1.0), (2, 0.5), (3, None))),), "A note.")
+
+
+def test_plots_are_stored_and_rendered_again(tmp_path):
+    run(tmp_path / "run", plots=[CURVES])
+    report = load_report(tmp_path / "run")
+    assert report.plots == (CURVES,)
+    write_report_files(tmp_path / "again", report)
+    for name in ("report.md", "report.html"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    assert "## Density" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_a_report_without_plots_says_nothing_of_them_and_a_broken_plot_is_refused(tmp_path):
+    run(tmp_path)
+    stored = read_json(tmp_path / "report.json")
+    assert "plots" not in stored  # as reports of earlier versions
+    assert load_report(tmp_path).plots == ()
+    del stored["digest"]
+    bad = {
+        "title": "t",
+        "x_label": "x",
+        "y_label": "y",
+        "note": "",
+        "series": [{"label": "a", "points": [[2, 1], [1, 1]]}],
+    }
+    for plots in ([bad], [{"title": "t"}]):
+        body = {**stored, "plots": plots}
+        write_json(tmp_path / "report.json", {**body, "digest": digest_of(body)})
+        with pytest.raises(ArtifactError, match="is no report text"):
+            load_report(tmp_path)
+
+
+def test_a_dense_network_that_is_not_trained_is_timed_and_not_judged(tmp_path):
+    judged = []
+
+    def evaluate(predict):
+        judged.append(predict(torch.zeros(1, 1, 6, 6)))
+        return 0.75
+
+    result, _ = run(tmp_path, evaluate=evaluate, dense_is_trained=False, command="x")
+    assert len(judged) == 1
+    columns = result["timed"]["columns"]
+    shown = {row[0]: row[columns.index("test accuracy")] for row in result["timed"]["rows"]}
+    assert shown == {"dense": "–", "ticket": "75.00 %"}
+    records = read_records(tmp_path / "records.jsonl")
+    assert {(r.subject, r.accuracy) for r in records} == {("dense", None), ("ticket", 0.75)}
+    assert all(r.stats for r in records)
+    assert load_report(tmp_path).conditions == (
+        ("dense network", "not trained: it stands here for its time only, and its accuracy is not known"),
+        ("command", "x"),
+    )
+    page = (tmp_path / "report.html").read_text()
+    assert "Not shown, as their accuracy was not given: dense." in page
+    assert "it stands here for its time only" in page
 
 
 def test_a_stop_between_steps_keeps_the_finished_ones(tmp_path):

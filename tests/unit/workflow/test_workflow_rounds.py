@@ -65,7 +65,7 @@ def study(digits):
     config = StudyConfig(fit=FitConfig(epochs=20))
     work = Work(SimpleNamespace(), config, CPU, digits, Trainer(network))
     masks = dense_masks(network())
-    rewind = RewindPoint(ticket(100, {}), 3, {"fc.weight": torch.ones(1)})
+    rewind = RewindPoint(ticket(100, {}), 3, {"momentum_buffer/fc.weight": torch.ones(1)})
     return work, DenseStage(ticket(101, {}), ticket(102, masks), rewind, ticket(103, {}))
 
 
@@ -92,7 +92,7 @@ def test_every_round_has_its_density_and_starts_from_the_rewind_point_with_its_o
 
 def test_the_codes_retraining_has_a_fresh_optimizer_and_the_whole_schedule(study):
     found, _ = run(study, (1,), retrain="full")
-    assert (found[0].start.epoch, dict(found[0].start.momentum)) == (0, {})
+    assert (found[0].start.epoch, dict(found[0].start.memory)) == (0, {})
     assert found[0].start.ticket is study[1].rewind.ticket
 
 

@@ -1,0 +1,111 @@
+"""Dynamic sparse training for a network and a training loop of the caller's own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from .errors import ConfigError, nearest
+from .sparsify.channel_schedule import ChannelSchedule
+from .sparsify.chase import Chase
+from .sparsify.coupling import Coupling, channel_pools
+from .sparsify.dst import DynamicMasks, Spread, initial_masks
+from .sparsify.exploration import PRESETS, Exploration
+from .sparsify.imp import dense_masks, head_of
+from .surgery.cost import layer_macs
+from .surgery.graph import Inputs, as_tuple, channel_groups
+
+
+def dynamic_sparsity(
+    model: torch.nn.Module,
+    example_inputs: Inputs,
+    *,
+    steps: int,
+    density: float = 0.1,
+    channels: float = 0.0,
+    exploration: str | Exploration = "chase",
+    interval: int | None = None,
+    epoch: int | None = None,
+    coupling: Coupling = "internal",
+    criterion: str = "umm",
+    floor: float = 0.2,
+    until: float = 0.8,
+    distribution: Spread = "erk",
+    exclude: str | Sequence[str] = (),
+    seed: int = 0,
+) -> DynamicMasks:
+    """Masks that move while ``model`` is trained; with ``channels`` also Chase's removal of channels (Yin et al. 2023).
+
+    Call ``start_(model)`` once, ``after_backward_(model, step)`` and ``after_step_(model, optimizer, step)`` around
+    each optimizer step, counted from 0. At the end ``model.state_dict()`` and ``.masks`` make a ticket. For an exact
+    resume save ``.state()`` beside weights and optimizer, and call ``restore_`` after ``start_``.
+
+    Args:
+        model: any module; for ``channels`` one that ``torch.export`` can trace. It is not changed here.
+        example_inputs: one tensor with a batch axis, or the tuple of positional inputs, on the model's device.
+        steps: optimizer steps of the whole training.
+        density: share of the weights of convolutions and Linear layers that may be non-zero at a time.
+        channels: S_c, the share of the channels that may go and are gone in the end, in [0, 1).
+        exploration: one of :data:`sparsify.exploration.PRESETS` (``"rigl"``, ``"set"``, …), or settings of your own.
+        interval: steps between updates, instead of the preset's; channels go as often, half an interval apart.
+        epoch: steps of an epoch, which ``"set"`` counts in; ``steps`` by default.
+        coupling: ``"internal"``: channels that one layer writes and one reads; ``"prune_skip"``: residual streams too.
+        criterion: the channel score, one of :data:`sparsify.umm.CHANNEL_SCORES`.
+        floor: β, the least share of its even part that a layer keeps.
+        until: share of the training after which no channel goes.
+        distribution: how the density is spread over the layers at first.
+        exclude: shell patterns of weight names to leave dense.
+        seed: of the first masks and of random growth.
+
+    Raises:
+        ConfigError: a value out of range, an unknown word, or steps in which nothing would move.
+        SurgeryError: the network cannot be traced.
+    """
+    if steps < 2 or (interval is not None and not 1 <= interval < steps):
+        raise ConfigError(
+            f"{steps} steps with updates every {interval or 'so many'}",
+            expected="a training with at least one update",
+            fix="give the number of optimizer steps, and an interval below it",
+        )
+    moves = _exploration(exploration, interval, epoch or steps, steps)
+    inputs, names = as_tuple(example_inputs), (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    prunable = dense_masks(model, exclude=names, head=True)
+    first = initial_masks(prunable, density, distribution, seed)
+    macs = layer_macs(copy.deepcopy(model).eval(), inputs)  # a pass in training mode would move its norms
+    if channels == 0:
+        return DynamicMasks(first, moves, distribution=distribution, seed=seed, macs=macs)
+    pools = channel_pools(prunable, channel_groups(model, inputs), coupling, head=head_of(model))
+    schedule = ChannelSchedule(channels, moves.interval, moves.interval // 2, max(1, round(until * steps)))
+    return Chase(
+        first,
+        moves,
+        pools,
+        schedule,
+        criterion=criterion,
+        floor=floor,
+        distribution=distribution,
+        seed=seed,
+        macs=macs,
+    )
+
+
+def _exploration(given: str | Exploration, interval: int | None, epoch: int, steps: int) -> Exploration:
+    if isinstance(given, str):
+        if given not in PRESETS:
+            raise ConfigError(
+                f"unknown exploration {given!r}",
+                expected=f"one of {', '.join(PRESETS)}, or an Exploration",
+                fix=f"{nearest(given, list(PRESETS))}mend the name",
+            )
+        given = PRESETS[given](epoch, steps)
+    found = given if interval is None else replace(given, interval=interval)
+    if not any(found.due(taken) for taken in range(1, steps)):
+        raise ConfigError(
+            f"updates every {found.interval} steps in a training of {steps}",
+            expected="at least one update",
+            fix="give a shorter interval=…",
+        )
+    return found

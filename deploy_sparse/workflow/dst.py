@@ -1,0 +1,176 @@
+"""The steps that recipes of dynamic sparse training share: masks, baseline, training, and what the report says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from ..data import batch_count
+from ..measure.line_plot import LinePlot, Series
+from ..measure.table import Table
+from ..sparsify.coupling import ChannelPool, channel_pools, remove_, removed_channels
+from ..sparsify.dst import DynamicMasks, initial_masks
+from ..sparsify.flops import flops
+from ..sparsify.imp import dense_masks, head_of
+from ..sparsify.method import Method
+from ..structure import density
+from ..surgery.cost import layer_macs
+from ..ticket import Ticket
+from ..train.distributed import world
+from ..train.tickets import RewindPoint
+from .dst_config import ChaseConfig, DstConfig, exploration_of
+from .prepare import Work
+
+STAGE = "sparse"
+
+
+def steps_of_epoch(work: Work) -> int:
+    """Optimizer steps of one epoch."""
+    return batch_count(work.data.train, work.config.fit.batch_size)
+
+
+def first_masks(work: Work, config: DstConfig) -> dict[str, torch.Tensor]:
+    """Random masks of every convolution and Linear layer, the head included (Evci et al. 2020)."""
+    prunable = dense_masks(work.trainer.factory(), exclude=config.sparse.exclude, head=True)
+    return initial_masks(prunable, config.sparse.density, config.sparse.distribution, config.seed)
+
+
+def macs_of(work: Work) -> dict[str, int]:
+    """The dense network's multiply-accumulates by weight name."""
+    return layer_macs(work.trainer.factory().eval(), (torch.zeros(1, *work.data.image_shape),))
+
+
+def pools_of(work: Work, config: ChaseConfig) -> tuple[ChannelPool, ...]:
+    """The channels that may go, from the traced network; none where none are to go."""
+    if config.channels.sparsity == 0:
+        return ()
+    network = work.trainer.factory()
+    prunable = dense_masks(network, exclude=config.sparse.exclude, head=True)
+    return channel_pools(prunable, work.groups, config.channels.coupling, head=head_of(network))
+
+
+def dynamic_masks(work: Work, config: DstConfig) -> DynamicMasks:
+    """The method of the recipes without channel removal."""
+    return DynamicMasks(
+        first_masks(work, config),
+        exploration_of(config, steps_of_epoch(work)),
+        distribution=config.sparse.distribution,
+        seed=config.seed,
+        macs=macs_of(work),
+    )
+
+
+def baseline(work: Work, config: DstConfig) -> tuple[Ticket, RewindPoint]:
+    """The dense network, trained as long as the sparse one or not at all, and where the sparse training starts."""
+    if config.sparse.baseline == "untrained":
+        start = work.trainer.initial()
+        return start.ticket, start
+    dense = work.trainer.dense(Method(), {}, rewind_epoch=0)
+    return dense.best, dense.rewind
+
+
+def sparse_ticket(work: Work, config: DstConfig, method: DynamicMasks, start: RewindPoint) -> Ticket:
+    """Train once from the start; the best epoch on validation of those that are sparse enough is kept."""
+    ticket = work.trainer.train(STAGE, start, method, None, keep="best")
+    return work.trainer.reestimated("reestimated", ticket, batches=None) if config.sparse.reestimate else ticket
+
+
+def report_parts(
+    work: Work, ticket: Ticket, pools: Sequence[ChannelPool] = ()
+) -> tuple[list[Table], tuple[LinePlot, ...]]:
+    """What the report says besides accuracy and time; nothing on the processes that write none."""
+    if not world().main:
+        return [], ()
+    return [usable_table(work, ticket, pools), layers_table(ticket)], history_plots(work)
+
+
+def usable_table(work: Work, ticket: Ticket, pools: Sequence[ChannelPool]) -> Table:
+    """How much of the sparsity is in non-zero weights only, and how much an engine can use."""
+    macs = macs_of(work)
+    weights = {name: mask for name, mask in ticket.masks.items() if mask.dim() > 1}
+    left = {name: torch.ones_like(mask) for name, mask in ticket.masks.items()}
+    gone, size = 0, sum(pool.size for pool in pools)
+    for pool in pools:
+        removed = removed_channels(ticket.masks, pool)
+        remove_(left, pool, removed)
+        gone += int(removed.sum())
+    found = replace(flops(macs, weights), supported=flops(macs, left).supported)
+    history = [row for row in metrics_of(work) if row["epoch"] == ticket.provenance.metrics["best_epoch"]]
+    rows = [
+        ("weights that are not zero, of the masked layers", f"{density(weights):.1%}"),
+        ("weights left once removed channels are cut, of the masked layers", f"{density(_only(left, weights)):.1%}"),
+        *([("channels left, of those that may go", f"{size - gone} of {size}")] if size else []),
+        ("FLOPs of a forward pass, non-zero weights only (theoretical)", f"{found.theoretical_share:.1%}"),
+        ("FLOPs of a forward pass, removed channels only (what a dense engine runs)", f"{found.supported_share:.1%}"),
+        *(("FLOPs of the training up to this network, theoretical", f"{r['training_flops']:.1%}") for r in history),
+    ]
+    unused = found.supported_share - found.theoretical_share
+    note = (
+        "Of convolutions and Linear layers. An engine that runs dense layers uses the removed channels alone; "
+        f"{unused:.1%} of the dense network's FLOPs are spent on single weights that are zero. "
+        "Surgery may find more to cut (channels that died by themselves) or less (widths rounded up for the target)."
+    )
+    return Table("Sparsity, of the dense network", ("what", "share"), tuple(rows), note)
+
+
+def layers_table(ticket: Ticket) -> Table:
+    """By layer: rows and input channels that hold a weight, and how full these are."""
+    rows = []
+    for name, mask in ticket.masks.items():
+        if mask.dim() > 1:
+            cells = mask.reshape(*mask.shape[:2], -1).any(dim=2)  # [c_out, c_in]
+            outputs, inputs = int(cells.any(dim=1).sum()), int(cells.any(dim=0).sum())
+            filled = int(mask.sum()) / max(1, outputs * inputs * mask[0, 0].numel())
+            used = (f"{outputs} of {mask.shape[0]}", f"{inputs} of {mask.shape[1]}")
+            rows.append((name, *used, f"{mask.float().mean():.1%}", f"{filled:.1%}"))
+    columns = ("layer", "output channels used", "input channels used", "density", "density in used channels")
+    return Table("Layers", columns, tuple(rows), "A channel is used while a weight of it is not masked.")
+
+
+def metrics_of(work: Work) -> list[dict[str, float]]:
+    """The rows of metrics of the sparse training, by epoch."""
+    lines = (work.run.folder / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["training"] == STAGE]
+
+
+def history_plots(work: Work) -> tuple[LinePlot, ...]:
+    """What the masks were like over time: channels that emptied, and weights and FLOPs."""
+    rows = metrics_of(work)
+    plots = [
+        LinePlot(
+            "Channels sparser than their layer",
+            "epoch",
+            "share of channels",
+            (
+                _series("sparser than the layer", rows, "sparser_channels"),
+                _series("less than half as dense (amenable)", rows, "amenable_channels"),
+                *([_series("left, of those that may go", rows, "channels_left")] if "channels_left" in rows[0] else []),
+            ),
+            "Of the channels that are there. At random about half are sparser than their layer, and hardly one is less "
+            "than half as dense.",
+        ),
+        LinePlot(
+            "Weights and FLOPs",
+            "epoch",
+            "share of the dense network",
+            (
+                _series("weights", rows, "density"),
+                _series("weights ever used", rows, "explored"),
+                _series("FLOPs, non-zero weights", rows, "theoretical_flops"),
+                _series("FLOPs, removed channels", rows, "supported_flops"),
+            ),
+            "Of one forward pass; weights ever used are those that were unmasked at any time.",
+        ),
+    ]
+    return tuple(plots)
+
+
+def _series(label: str, rows: Sequence[Mapping[str, float]], key: str) -> Series:
+    return Series(label, tuple((row["epoch"] + 1, row[key]) for row in rows))
+
+
+def _only(left: Mapping[str, torch.Tensor], names: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: left[name] for name in names}

@@ -1,0 +1,174 @@
+"""The configuration of dynamic sparse training, and how it becomes schedules in steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import Field
+
+from .. import data, zoo
+from ..config import Config
+from ..errors import ConfigError
+from ..sparsify.channel_schedule import ChannelSchedule
+from ..sparsify.coupling import Coupling
+from ..sparsify.dst import Spread
+from ..sparsify.exploration import PRESETS, Decay, Exploration, Growth, Scope, SoftBound
+from ..sparsify.imp import dense_masks
+from .config import StudyConfig, check_study
+
+Preset = Literal["set", "rigl", "set-itop", "rigl-itop", "mest", "chase"]
+
+
+class SparseConfig(Config):
+    """How sparse the weights are."""
+
+    density: float = Field(0.1, gt=0, le=1, description="share of the weights that may be non-zero at a time")
+    distribution: Spread = Field("erk", description="how it is spread over the layers at first")
+    exclude: tuple[str, ...] = Field((), description="patterns of weights to leave dense, such as a stem")
+    baseline: Literal["trained", "untrained"] = Field(
+        "trained", description="train the dense network too; untrained: it is timed, and has no accuracy"
+    )
+    reestimate: bool = Field(
+        False, description="re-estimate BatchNorm's statistics over the training split before deployment"
+    )
+
+
+class ExploreConfig(Config):
+    """How connectivity moves; what is not given is the preset's."""
+
+    preset: Preset = Field("rigl", description="published settings to start from")
+    interval: int | None = Field(None, ge=1, description="optimizer steps between updates")
+    stop: float | None = Field(None, gt=0, le=1, description="share of the training after which nothing moves")
+    growth: Growth | None = Field(None, description="what grows: where the dense gradient is largest, or at random")
+    scope: Scope | None = Field(None, description="layer by layer, or all layers as one pool")
+    fraction: float | None = Field(None, gt=0, le=1, description="share of the weights an update drops, at the start")
+    final_fraction: float | None = Field(None, ge=0, le=1, description="the same at the end of its decay")
+    decay: Decay | None = Field(None, description="how the fraction falls")
+    surplus: float | None = Field(
+        None, ge=0, lt=1, description="soft bound: weights held between updates above the density; 0: none"
+    )
+    final_surplus: float | None = Field(None, ge=0, lt=1, description="what the surplus falls to")
+    surplus_until: float | None = Field(None, gt=0, le=1, description="share of the training at which it must be gone")
+    gradient_batches: int = Field(1, ge=1, description="batches over which the gradient for growth is averaged")
+
+
+class SetExplore(ExploreConfig):
+    """Random growth, unless said otherwise."""
+
+    preset: Preset = Field("set", description="published settings to start from")
+
+
+class ChaseExplore(ExploreConfig):
+    """Global, under a soft bound, unless said otherwise."""
+
+    preset: Preset = Field("chase", description="published settings to start from")
+
+
+class ChannelsConfig(Config):
+    """Chase: which channels go, and when."""
+
+    sparsity: float = Field(0.5, ge=0, lt=1, description="S_c: share of the prunable channels that go; 0: none")
+    coupling: Coupling = Field(
+        "internal", description="internal: channels inside blocks, as published; prune_skip: residual streams too"
+    )
+    criterion: Literal["umm", "surviving_magnitude", "connections", "kernels"] = Field(
+        "umm", description="the channel score"
+    )
+    floor: float = Field(0.2, ge=0, le=1, description="β: least share of its even part that a layer keeps")
+    interval: int = Field(1000, ge=1, description="optimizer steps between removals")
+    until: float = Field(0.8, gt=0, le=1, description="share of the training at which the last channels go")
+
+
+class DstConfig(StudyConfig):
+    """What the recipes of dynamic sparse training share."""
+
+    sparse: SparseConfig = SparseConfig()
+    explore: ExploreConfig = ExploreConfig()
+
+
+class SetConfig(DstConfig):
+    """Dynamic sparse training that grows at random."""
+
+    explore: SetExplore = SetExplore()
+
+
+class ChaseConfig(DstConfig):
+    """Dynamic sparse training, and channels that go."""
+
+    explore: ChaseExplore = ChaseExplore()
+    channels: ChannelsConfig = ChannelsConfig()
+
+
+def check_dst(config: DstConfig) -> None:
+    """Refuse what cannot be trained, before a run folder exists.
+
+    Raises:
+        ConfigError: naming the key and what it accepts.
+    """
+    check_study(config)
+    images = data.describe(config.data.name, config.data.arguments)
+    network = zoo.check(config.model.name, config.model.arguments, images.image_shape, images.classes)
+    dense_masks(network, exclude=config.sparse.exclude, head=True)
+    epoch = images.train_images // config.fit.batch_size
+    explored = exploration_of(config, epoch)
+    total = config.fit.epochs * epoch
+    if not any(explored.due(taken) for taken in range(1, total)):
+        raise ConfigError(
+            f"explore.interval = {explored.interval} in a training of {total} steps",
+            expected="at least one update of the connectivity",
+            fix="choose a shorter --explore.interval, or train longer",
+        )
+    if isinstance(config, ChaseConfig) and config.channels.sparsity > 0:
+        events = channel_schedule(config, epoch).events()
+        if len(events) < 2:
+            raise ConfigError(
+                f"channels.interval = {config.channels.interval} with all channels gone by step {max(events)}",
+                expected="more than one removal, since channels go step by step",
+                fix=f"choose --channels.interval {max(1, max(events) // 20)}, or train longer",
+            )
+
+
+def exploration_of(config: DstConfig, epoch: int) -> Exploration:
+    """The exploration in steps.
+
+    Args:
+        epoch: optimizer steps of an epoch.
+
+    Raises:
+        ConfigError: values that exclude each other.
+    """
+    given, total = config.explore, epoch * config.fit.epochs
+    found = PRESETS[given.preset](epoch, total)
+    plain = ("interval", "growth", "scope", "fraction", "final_fraction", "decay")
+    changed: dict[str, Any] = {key: getattr(given, key) for key in plain if getattr(given, key) is not None}
+    if given.stop is not None:
+        changed["stop"] = max(1, round(given.stop * total))
+    soft = _soft_bound(given, found.soft, total)
+    return replace(found, soft=soft, gradient_batches=given.gradient_batches, **changed)
+
+
+def _soft_bound(given: ExploreConfig, preset: SoftBound | None, total: int) -> SoftBound | None:
+    wanted = {"final": given.final_surplus, "until": given.surplus_until}
+    surplus = preset.surplus if given.surplus is None and preset is not None else given.surplus
+    if not surplus:
+        for name, value in wanted.items():
+            if value is not None:
+                key = "explore.final_surplus" if name == "final" else "explore.surplus_until"
+                raise ConfigError(
+                    f"{key} = {value} without a surplus",
+                    expected="a soft bound for it to shape",
+                    fix="give --explore.surplus, or drop the key",
+                )
+        return None
+    until = preset.until if preset is not None else total
+    if given.surplus_until is not None:
+        until = max(1, round(given.surplus_until * total))
+    return SoftBound(surplus, until, given.final_surplus or 0.0)
+
+
+def channel_schedule(config: ChaseConfig, epoch: int) -> ChannelSchedule:
+    """When channels go, in steps: half an exploration interval away from the updates of the weights."""
+    until = max(1, round(config.channels.until * config.fit.epochs * epoch))
+    offset = exploration_of(config, epoch).interval // 2
+    return ChannelSchedule(config.channels.sparsity, config.channels.interval, offset, until)

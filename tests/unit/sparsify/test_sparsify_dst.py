@@ -1,0 +1,304 @@
+"""Masks that move: what is dropped, what grows, what never changes, and exact resume."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from deploy_sparse.errors import ConfigError
+from deploy_sparse.sparsify.dst import DynamicMasks, initial_masks
+from deploy_sparse.sparsify.exploration import Exploration, SoftBound
+from deploy_sparse.sparsify.flops import flops
+from deploy_sparse.sparsify.imp import dense_masks
+
+INPUTS, CLASSES = 6, 4
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(INPUTS, 20), nn.ReLU(), nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, CLASSES))
+
+
+class Training:
+    """A network that learns noise by steps; everything about step k is a function of k."""
+
+    def __init__(self, method, kind=torch.optim.SGD, **options):
+        self.model, self.method, self.taken = network(), method, 0
+        method.start_(self.model)
+        options = options or {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
+        self.optimizer = kind(self.model.parameters(), **options)
+
+    def step(self, *, spoil=False):
+        generator = torch.Generator().manual_seed(self.taken)
+        inputs = torch.randn(16, INPUTS, generator=generator)
+        labels = torch.randint(CLASSES, (16,), generator=generator)
+        self.optimizer.zero_grad()
+        nn.functional.cross_entropy(self.model(inputs), labels).backward()
+        if spoil:
+            self.model[0].weight.grad.fill_(torch.inf)
+        self.method.after_backward_(self.model, self.taken)
+        gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()}
+        if not spoil:  # a scaler leaves such a step out
+            self.optimizer.step()
+        weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.method.after_step_(self.model, self.optimizer, self.taken)
+        self.taken += 1
+        return gradients, weights
+
+    def steps(self, count):
+        for _ in range(count):
+            self.step()
+        return self
+
+    def masks(self):
+        return {name: mask.clone() for name, mask in self.method.masks.items()}
+
+    def counts(self):
+        return {name: int(mask.sum()) for name, mask in self.method.masks.items()}
+
+
+def masks(density=0.3, distribution="erk", seed=0):
+    return initial_masks(dense_masks(network(), head=True), density, distribution, seed)
+
+
+def method(density=0.3, **options):
+    given = {"interval": 4, "stop": 100, **options}
+    return DynamicMasks(masks(density), Exploration(**given), seed=3)
+
+
+shapes = st.lists(
+    st.one_of(st.tuples(st.integers(1, 24), st.integers(1, 24)), st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3), st.just(3))),
+    min_size=1, max_size=5,
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shapes=shapes,
+    density=st.floats(0.05, 1.0),
+    distribution=st.sampled_from(["erk", "uniform"]),
+    seed=st.integers(0, 5),
+)
+def test_initial_masks_leave_exactly_the_density(shapes, density, distribution, seed):
+    dense = {str(n): torch.ones(shape, dtype=torch.bool) for n, shape in enumerate(shapes)}
+    found = initial_masks(dense, density, distribution, seed)
+    left, total = sum(int(m.sum()) for m in found.values()), sum(m.numel() for m in dense.values())
+    single = sum(int(mask.sum()) == 1 for mask in found.values())  # a layer keeps a weight even if its share is none
+    assert all(bool(mask.any()) for mask in found.values())
+    assert -0.5 - 1e-6 <= left - density * total <= 0.5 + 1e-6 + single
+    if distribution == "uniform":
+        assert all(abs(int(m.sum()) - density * m.numel()) <= 1 for m in found.values())
+
+
+def test_initial_masks_depend_on_the_seed_only():
+    assert all(torch.equal(a, masks(seed=1)[name]) for name, a in masks(seed=1).items())
+    assert any(not torch.equal(a, masks(seed=2)[name]) for name, a in masks(seed=1).items())
+
+
+def test_an_update_drops_the_smallest_weights_and_grows_where_the_gradient_is_largest():
+    training = Training(method(fraction=0.25, final_fraction=0.25))
+    training.steps(3)
+    before = training.masks()
+    gradients, weights = training.step()
+    for name, mask in training.masks().items():
+        alive = before[name].flatten().nonzero().flatten().tolist()
+        drop = math.ceil(0.25 * len(alive))
+        magnitude, slope = weights[name].flatten().abs(), gradients[name].flatten().abs()
+        kept = set(sorted(alive, key=lambda i: float(magnitude[i]))[drop:])
+        free = sorted(set(range(mask.numel())) - kept, key=lambda i: -float(slope[i]))
+        assert set(mask.flatten().nonzero().flatten().tolist()) == kept | set(free[:drop]), name
+
+
+def test_new_weights_start_at_zero_and_the_optimizer_forgets_dropped_ones():
+    training = Training(method(fraction=0.5, decay="constant"))
+    training.steps(3)
+    before = training.masks()
+    training.step()
+    for name, parameter in training.model.named_parameters():
+        if name in before:
+            new, off = training.method.masks[name] & ~before[name], ~training.method.masks[name]
+            momentum = training.optimizer.state[parameter]["momentum_buffer"]
+            assert bool(new.any())
+            assert bool((parameter[new | off] == 0).all())
+            assert bool((momentum[new | off] == 0).all())
+    training.step()
+    assert any(
+        bool((p != 0)[training.method.masks[n] & ~before[n]].any())
+        for n, p in training.model.named_parameters()
+        if n in before
+    )
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    density=st.floats(0.1, 0.9), fraction=st.floats(0.05, 0.9), growth=st.sampled_from(["gradient", "random"]),
+    scope=st.sampled_from(["layer", "global"]), interval=st.integers(1, 5),
+)  # fmt: skip
+def test_the_budget_never_changes(density, fraction, growth, scope, interval):
+    training = Training(method(density, fraction=fraction, growth=growth, scope=scope, interval=interval))
+    first, budget = training.counts(), training.method.budget
+    for _ in range(12):
+        training.step()
+        now = training.counts()
+        assert sum(now.values()) == budget
+        assert scope == "global" or now == first
+        assert min(now.values()) > 0
+        assert all(
+            bool((p[~training.method.masks[n]] == 0).all()) for n, p in training.model.named_parameters() if n in now
+        )
+
+
+def test_globally_weights_move_between_layers():
+    training = Training(method(0.4, scope="global", fraction=0.5, decay="constant"))
+    first = training.counts()
+    assert training.steps(12).counts() != first
+
+
+def test_nothing_moves_from_the_stop_on():
+    training = Training(method(stop=9))
+    training.steps(8)
+    before = training.masks()
+    assert all(torch.equal(mask, before[name]) for name, mask in training.steps(12).masks().items())
+
+
+def test_a_soft_bound_holds_the_surplus_between_updates_and_ends_at_the_budget():
+    soft = SoftBound(0.2, 18)
+    training = Training(method(0.3, soft=soft, scope="global"))
+    budget, total = training.method.budget, training.method.total
+    for taken in range(1, 25):
+        training.step()
+        alive = sum(training.counts().values())
+        if taken < 4:
+            assert alive == budget
+        elif taken < 18:
+            assert alive == budget + round(soft.at(taken - taken % 4) * total)
+        else:
+            assert alive == budget
+        assert training.method.ready(taken - 1) == (taken >= 18)
+
+
+def test_layer_by_layer_the_surplus_is_spread_by_erk():
+    training = Training(method(0.3, soft=SoftBound(0.2, 18)))
+    training.steps(4)
+    total = training.method.total
+    surplus = round(SoftBound(0.2, 18).at(4) * total)
+    expected = masks((training.method.budget + surplus) / total)
+    assert training.counts() == {name: int(mask.sum()) for name, mask in expected.items()}
+
+
+def test_growth_takes_the_gradient_averaged_over_the_last_batches():
+    training = Training(method(0.2, gradient_batches=3, fraction=0.5, decay="constant"))
+    training.step()
+    gradients = [training.step()[0] for _ in range(3)]
+    one = Training(method(0.2, fraction=0.5, decay="constant")).steps(4)
+    assert any(not torch.equal(mask, one.method.masks[name]) for name, mask in training.masks().items())
+    for name in training.counts():
+        mean = sum(g[name] for g in gradients).abs()
+        now, grown = (
+            training.method.masks[name],
+            training.method.masks[name] & (training.model.get_parameter(name) == 0),
+        )
+        assert bool(grown.any())
+        assert float(mean[grown].min()) >= float(mean[~now].max())
+
+
+def test_random_growth_needs_no_gradient_and_is_the_same_wherever_it_runs():
+    def grown(seed):
+        own = DynamicMasks(masks(), Exploration(4, 100, growth="random"), seed=seed)
+        return Training(own).steps(4)
+
+    first, again, other = grown(1), grown(1), grown(2)
+    assert not first.method.state().keys() & {f"gradient/{name}" for name in first.counts()}
+    assert all(torch.equal(mask, again.method.masks[name]) for name, mask in first.masks().items())
+    assert any(not torch.equal(mask, other.method.masks[name]) for name, mask in first.masks().items())
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_an_update_without_a_finite_gradient_waits_for_one(batches):
+    training = Training(method(gradient_batches=batches))
+    training.steps(4 - batches)
+    before = training.masks()
+    for _ in range(batches):
+        training.step(spoil=True)
+    assert all(torch.equal(mask, before[name]) for name, mask in training.masks().items())
+    assert not training.method.ready(3)
+    training.step()
+    assert any(not torch.equal(mask, before[name]) for name, mask in training.masks().items())
+    assert training.method.ready(4)
+
+
+def test_weights_that_are_all_zero_do_not_open_the_masks():
+    training = Training(method(scope="global", fraction=0.5, decay="constant"))
+    with torch.no_grad():
+        for parameter in training.model.parameters():
+            parameter.zero_()
+    training.steps(8)
+    assert sum(training.counts().values()) == training.method.budget
+
+
+@pytest.mark.parametrize("stop", [3, 4, 6, 11, 17, 18, 19])
+@pytest.mark.parametrize(
+    "options", [{"gradient_batches": 3}, {"growth": "random"}, {"soft": SoftBound(0.2, 18), "scope": "global"}]
+)
+def test_a_restored_method_goes_on_with_the_same_bits(stop, options):
+    whole = Training(method(**options)).steps(22)
+    first = Training(method(**options)).steps(stop)
+    state = {name: tensor.clone() for name, tensor in first.method.state().items()}
+    second = Training(method(**options))
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.method.restore_(state)
+    second.taken = stop
+    second.steps(22 - stop)
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(parameter, second.model.get_parameter(name)), name
+    assert all(torch.equal(mask, second.method.masks[name]) for name, mask in whole.masks().items())
+    assert whole.method.figures() == second.method.figures()
+
+
+def test_with_adamw_moments_of_dropped_weights_are_forgotten():
+    training = Training(method(), torch.optim.AdamW, lr=1e-2, weight_decay=0.1).steps(9)
+    for name, mask in training.masks().items():
+        state = training.optimizer.state[training.model.get_parameter(name)]
+        assert all(bool((state[key][~mask] == 0).all()) for key in ("exp_avg", "exp_avg_sq"))
+
+
+def test_the_masks_given_are_not_changed():
+    own = masks()
+    before = {name: mask.clone() for name, mask in own.items()}
+    Training(DynamicMasks(own, Exploration(2, 100))).steps(6)
+    assert all(torch.equal(mask, before[name]) for name, mask in own.items())
+
+
+def test_figures_say_what_was_explored_and_what_it_costs():
+    macs = {"0.weight": 120, "2.weight": 320, "4.weight": 64}
+    own = DynamicMasks(masks(0.3), Exploration(4, 100, fraction=0.5, decay="constant"), macs=macs)
+    training = Training(own)
+    at_first = own.figures()
+    assert at_first["density"] == at_first["explored"] == pytest.approx(own.budget / 504, abs=1e-6)
+    first = flops(macs, masks(0.3))
+    ever = {name: mask.clone() for name, mask in training.masks().items()}
+    for _ in range(10):
+        training.step()
+        ever = {name: mask | training.method.masks[name] for name, mask in ever.items()}
+    found = own.figures()
+    assert found["explored"] == pytest.approx(sum(int(m.sum()) for m in ever.values()) / 504, abs=1e-6)
+    assert found["explored"] > found["density"] == at_first["density"]
+    assert found["supported_flops"] == 1.0  # no channel was removed, whatever rows are empty
+    # layers keep their numbers, so every step costs the same: 3 f_S, and 2 f_S + f_D at the two updates (RigL, appendix H)
+    spent = (8 * 3 * first.theoretical + 2 * (2 * first.theoretical + first.dense)) / (10 * 3 * first.dense)
+    assert found["training_flops"] == pytest.approx(spent, abs=1e-6)
+    assert {"sparser_channels", "amenable_channels", "theoretical_flops"} <= found.keys()
+
+
+def test_without_costs_there_are_no_figures_in_flops():
+    training = Training(method()).steps(5)
+    assert not any("flops" in name for name in training.method.figures())
+
+
+def test_fewer_weights_than_layers_are_refused():
+    with pytest.raises(ConfigError, match="0 weights for 1 layers"):
+        DynamicMasks({"0.weight": torch.zeros(2, 2, dtype=torch.bool)}, Exploration(2, 10))

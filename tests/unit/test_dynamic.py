@@ -1,0 +1,107 @@
+"""Dynamic sparse training of a caller's own network, in a loop of the caller's own."""
+
+import pytest
+import torch
+from torch import nn
+
+import deploy_sparse
+from deploy_sparse.errors import ConfigError
+from deploy_sparse.sparsify.chase import Chase
+from deploy_sparse.sparsify.dst import DynamicMasks
+from deploy_sparse.sparsify.exploration import PRESETS, Exploration
+from deploy_sparse.structure import density
+from deploy_sparse.ticket import ModelRef, Provenance, Ticket
+
+STEPS = 30
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 12, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10),
+    )  # fmt: skip
+
+
+EXAMPLE = torch.randn(2, 3, 8, 8)
+
+
+def trained(model, method, kind=torch.optim.AdamW):
+    optimizer = kind(model.parameters(), lr=1e-2)
+    method.start_(model)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        images, labels = torch.randn(8, 3, 8, 8), torch.randint(10, (8,))
+        nn.functional.cross_entropy(model(images), labels).backward()
+        method.after_backward_(model, step)
+        optimizer.step()
+        method.after_step_(model, optimizer, step)
+    return Ticket(model.state_dict(), method.masks, ModelRef("mine", input_shape=(3, 8, 8)), Provenance("chase"))
+
+
+@pytest.mark.parametrize(("coupling", "prunable"), [("internal", 16), ("prune_skip", 28)])
+def test_chase_in_a_loop_of_ones_own(coupling, prunable):
+    model = network()
+    method = deploy_sparse.dynamic_sparsity(
+        model, EXAMPLE, steps=STEPS, density=0.15, channels=0.5, interval=4, coupling=coupling
+    )
+    assert isinstance(method, Chase)
+    assert method.channels == prunable
+    ticket = trained(model, method)
+    small = deploy_sparse.compact(ticket, factory=network)
+    widths = [part.weight.shape[0] for part in small.module.modules() if isinstance(part, nn.Conv2d)]
+    assert sum(widths) <= 28 - prunable // 2
+    assert density({name: mask for name, mask in ticket.masks.items() if mask.dim() > 1}) == pytest.approx(
+        0.15, abs=1e-3
+    )
+    assert method.figures()["channels_left"] == 0.5
+
+
+def test_without_channels_it_moves_weights_only():
+    model = network()
+    method = deploy_sparse.dynamic_sparsity(model, EXAMPLE, steps=STEPS, density=0.2, exploration="rigl", interval=5)
+    assert type(method) is DynamicMasks
+    first = {name: mask.clone() for name, mask in method.masks.items()}
+    ticket = trained(model, method, torch.optim.SGD)
+    assert any(not torch.equal(mask, first[name]) for name, mask in ticket.masks.items())
+    assert density(ticket.masks) == pytest.approx(0.2, abs=1e-3)
+
+
+def test_it_leaves_the_network_as_it_was():
+    model = network().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    deploy_sparse.dynamic_sparsity(model, EXAMPLE, steps=STEPS, channels=0.5, interval=4)
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_settings_are_taken():
+    own = Exploration(3, 20, growth="random")
+    assert deploy_sparse.dynamic_sparsity(network(), EXAMPLE, steps=STEPS, exploration=own).exploration == own
+    found = deploy_sparse.dynamic_sparsity(network(), EXAMPLE, steps=STEPS, exploration="set", epoch=6, exclude="0.*")
+    assert found.exploration == PRESETS["set"](6, STEPS)
+    assert "0.weight" not in found.masks
+    chase = deploy_sparse.dynamic_sparsity(network(), EXAMPLE, steps=STEPS, channels=0.25, interval=4, until=0.5)
+    assert (chase.schedule.sparsity, chase.schedule.interval, chase.schedule.offset, chase.schedule.until) == (
+        0.25,
+        4,
+        2,
+        15,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exploration": "riggl"}, "did you mean 'rigl'"),
+        ({"exploration": "rigl-itop"}, "updates every 4000 steps in a training of 30"),
+        ({"interval": 30}, "30 steps with updates every 30"),
+        ({"density": 0.0, "interval": 4}, "density 0.0"),
+        ({"channels": 1.0, "interval": 4}, "channel sparsity 1.0"),
+        ({"channels": 0.5, "interval": 4, "criterion": "l1"}, "unknown channel score 'l1'"),
+        ({"channels": 0.5, "interval": 4, "coupling": "inside"}, "coupling 'inside'"),
+    ],
+)
+def test_nonsense_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        deploy_sparse.dynamic_sparsity(network(), EXAMPLE, steps=STEPS, **options)
