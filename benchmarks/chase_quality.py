@@ -3,16 +3,18 @@
 For every seed, coupling and density Chase removes half of the prunable channels. What an engine has to run of it (MACs
 after surgery, widths not rounded) is what the controls get, or a little more; all are trained for as many epochs:
 
-* ``one-shot``: the dense network for half of the epochs, then the channels with the smallest ℓ1 norm go at once, the
-  same share of every group of coupled layers, and the rest is trained for the other half; each half has a schedule
-  of its own;
+* ``one-shot``: the dense network for half of the epochs, then of the channels that Chase may remove those with the
+  smallest ℓ1 norm go at once, the same share everywhere, and the rest is trained for the other half; each half has a
+  schedule of its own;
 * ``narrower``: the architecture with all widths scaled down, from its own random initialisation;
 * ``one-shot, twice the epochs``: the same pruning after a whole dense training, and a whole training after it.
 
 ``dynamic sparse training`` is the same exploration with all channels kept; its amenable channels are those less than
 half as dense as their layer.
 
-Accuracy is on the test split, of the epoch with the best validation accuracy. One JSON line a network.
+Accuracy is on the test split, of the epoch with the best validation accuracy: for Chase of those after all channels are
+gone, for the others of all. The density is what was asked; where the channels that stay have no room for it, Chase ends
+with a dense network. One JSON line a network.
 
     python benchmarks/chase_quality.py cpu-2-cores --seeds 0 1 2 --densities 0.1 0.2 0.4 --runtime.threads 1
 """
@@ -39,9 +41,8 @@ from deploy_sparse.sparsify.amenable import amenable
 from deploy_sparse.sparsify.channel_scores import channel_scores
 from deploy_sparse.sparsify.chase import Chase
 from deploy_sparse.sparsify.flops import flops
-from deploy_sparse.sparsify.imp import dense_masks
 from deploy_sparse.sparsify.method import Method, StaticMasks
-from deploy_sparse.sparsify.patterns import channels, silence, silent_pools
+from deploy_sparse.sparsify.patterns import channels, silence
 from deploy_sparse.structure import Masks, density
 from deploy_sparse.surgery.cost import layer_macs
 from deploy_sparse.surgery.plan import plan_from_ticket
@@ -108,7 +109,7 @@ def measure(config: ChaseConfig, couplings: list[str], densities: list[float], f
                     (CONTROLS[0], half, _halved(work).trainer),
                     (CONTROLS[2], dense.last, work.trainer),
                 ):
-                    masks = one_shot(work, start, macs)
+                    masks = one_shot(work, own, start, macs)
                     stage = f"{arm.replace(',', '').replace(' ', '-')}/{coupling}-{share}"
                     ticket = trainer.train(stage, RewindPoint(start), StaticMasks(masks), masks, keep="best")
                     rows.append(_row(work, arm, ticket, name))
@@ -119,14 +120,14 @@ def measure(config: ChaseConfig, couplings: list[str], densities: list[float], f
     return rows
 
 
-def one_shot(work: Work, trained: Ticket, macs: int) -> Masks:
-    """The fewest channels by ℓ1 norm whose MACs are not below ``macs``: the same share of every group of layers.
+def one_shot(work: Work, config: ChaseConfig, trained: Ticket, macs: int) -> Masks:
+    """The fewest channels by ℓ1 norm whose MACs are not below ``macs``: the same share of all pools that Chase has.
 
-    Shares are rounded up to channels; groups in turn then lose one channel more where that is not too many.
+    Shares are rounded up to channels; pools in turn then lose one channel more where that is not too many.
     """
-    masks = dense_masks(work.trainer.factory())
+    masks = dst.prunable(work, config)
     costs = dst.macs_of(work)
-    pools = silent_pools(masks, work.groups, together=True)
+    pools = [pool.writers for pool in dst.pools_of(work, config)]
     scores = channel_scores("l1", masks, weights=trained.weights)
 
     def pruned(shares: dict[str, float]) -> Masks:

@@ -40,8 +40,9 @@ def dynamic_sparsity(
     """Masks that move while ``model`` is trained; with ``channels`` also Chase's removal of channels (Yin et al. 2023).
 
     Call ``start_(model)`` once, ``after_backward_(model, step)`` and ``after_step_(model, optimizer, step)`` around
-    each optimizer step, counted from 0. At the end ``model.state_dict()`` and ``.masks`` make a ticket. For an exact
-    resume save ``.state()`` beside weights and optimizer, and call ``restore_`` after ``start_``.
+    each optimizer step, counted from 0. At the end ``model.state_dict()`` and ``.masks`` make a ticket; ``.figures()``
+    says how sparse it is and what it costs. For an exact resume save ``.state()`` beside weights and optimizer, and
+    call ``restore_`` after ``start_``.
 
     Args:
         model: any module; for ``channels`` one that ``torch.export`` can trace. It is not changed here.
@@ -64,11 +65,11 @@ def dynamic_sparsity(
         ConfigError: a value out of range, an unknown word, or steps in which nothing would move.
         SurgeryError: the network cannot be traced.
     """
-    if steps < 2 or (interval is not None and not 1 <= interval < steps):
+    if steps < 2:
+        raise ConfigError(f"a training of {steps} steps", expected="2 or more", fix="count optimizer steps")
+    if not 0.0 < until <= 1.0:
         raise ConfigError(
-            f"{steps} steps with updates every {interval or 'so many'}",
-            expected="a training with at least one update",
-            fix="give the number of optimizer steps, and an interval below it",
+            f"until {until}", expected="a share of the training, in (0, 1]", fix="0.8 leaves a fifth without removals"
         )
     moves = _exploration(exploration, interval, epoch or steps, steps)
     inputs, names = as_tuple(example_inputs), (exclude,) if isinstance(exclude, str) else tuple(exclude)
@@ -102,10 +103,10 @@ def _exploration(given: str | Exploration, interval: int | None, epoch: int, ste
             )
         given = PRESETS[given](epoch, steps)
     found = given if interval is None else replace(given, interval=interval)
-    if not any(found.due(taken) for taken in range(1, steps)):
+    if not found.moves(steps):
         raise ConfigError(
-            f"updates every {found.interval} steps in a training of {steps}",
-            expected="at least one update",
-            fix="give a shorter interval=…",
+            f"updates every {found.interval} steps until step {found.stop}, in a training of {steps}",
+            expected="at least one update by which weights grow",
+            fix=f"give a shorter interval, for example interval={max(1, min(found.stop, steps) // 20)}",
         )
     return found

@@ -52,7 +52,7 @@ def main(config: RecipeConfig, run: Run) -> Mapping[str, Any]:
     method = dst.dynamic_masks(work, config)
     dense, start = dst.baseline(work, config)
     ticket = dst.sparse_ticket(work, config, method, start)
-    return deploy(work, dense, ticket, "RigL", *dst.report_parts(work, ticket))
+    return deploy(work, dense, ticket, "RigL", *dst.report_parts(work, config, ticket))
 
 
 if __name__ == "__main__":

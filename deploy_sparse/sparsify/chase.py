@@ -1,7 +1,8 @@
 """Chase: channels that dynamic sparse training empties are removed while it goes on (Yin et al. 2023).
 
 Sparse training with global exploration under a soft memory bound; the channels with the lowest score go step by step,
-for good, and the weights they held grow elsewhere. What is left has the weight budget of the start in fewer channels.
+for good, and the weights they held grow elsewhere at the next update. So the budget of weights stays, in fewer
+channels, until these have no more room: then every weight that is left is used, and what is left is a dense network.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, TicketError, nearest
 from ..structure import Masks
 from .channel_schedule import ChannelSchedule, floors, lowest, share_of
 from .coupling import ChannelPool, part_names, remove_
@@ -61,6 +62,12 @@ class Chase(DynamicMasks):
                 fix="prune_skip couples the residual stream too; or choose channel sparsity 0",
             )
         self.pools, self.schedule, self.criterion = tuple(pools), schedule, criterion
+        if schedule.sparsity > 0 and len(schedule.events()) < 2:
+            raise ConfigError(
+                f"channels to remove every {schedule.interval} steps, and the last ones after step {schedule.until}",
+                expected="more than one removal, since channels go step by step",
+                fix="remove them at shorter intervals, or train longer",
+            )
         self._floors = floors([pool.size for pool in self.pools], schedule.sparsity, floor)
         self._removed = [torch.zeros(pool.size, dtype=torch.bool) for pool in self.pools]
 
@@ -70,10 +77,20 @@ class Chase(DynamicMasks):
         return sum(pool.size for pool in self.pools)
 
     def start_(self, model: nn.Module) -> None:
-        """As the base does; what goes with channels (biases, norms, readers without a mask) gets masks of its own."""
+        """As the base does; what goes with channels (biases, norms, readers without a mask) gets masks of its own.
+
+        Raises:
+            TicketError: besides what the base refuses, a part of a channel that layers share.
+        """
         if self.schedule.sparsity > 0:
             parameters = dict(model.named_parameters())
             for name in part_names(self.pools):
+                if name not in parameters:
+                    raise TicketError(
+                        f"{name!r}, which reads or scales channels that may go, is no parameter of its own",
+                        expected="a network whose layers share no parameter",
+                        fix="give each layer its own, or choose channel sparsity 0",
+                    )
                 if name not in self.masks:
                     self.masks[name] = torch.ones_like(parameters[name], dtype=torch.bool)
         super().start_(model)

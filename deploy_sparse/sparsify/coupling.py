@@ -14,7 +14,7 @@ import torch
 
 from ..errors import ConfigError, TicketError, nearest
 from ..structure import ChannelGroup, Masks, Slice
-from .patterns import by_writers, refuse_unknown
+from .patterns import by_writers
 
 Coupling = Literal["internal", "prune_skip"]
 COUPLINGS: tuple[Coupling, ...] = get_args(Coupling)
@@ -46,21 +46,21 @@ def channel_pools(
 
     * ``"internal"``: channels that one layer writes and one layer reads, which is not the head: conv1 and conv2 of a
       bottleneck block, conv1 of a basic block, every convolution of a VGG but the last, and never a stem, a block's
-      output or a projection. Depthwise filters and norms in between go with their channel.
+      output or a projection. Depthwise filters and norms in between go with their channel. Where channels are gated
+      (squeeze-excite) or convolutions grouped, little or nothing is internal.
     * ``"prune_skip"``: these, and all other channels that can be removed: those of the residual stream, of
       concatenations, and those the head reads. Channels that the same layers write form one pool; where a shortcut
       has no weights (He et al. 2016, option A), a residual stream has one for each set of writers.
 
     Args:
-        masks: of the weights that are sparsified; biases and norms, if there, do not matter. A channel that a layer
-            without a mask writes is in no pool.
+        masks: of the weights that are sparsified; biases and norms, if there, do not matter, nor do weights that the
+            tracer does not understand. A channel that a layer without a mask writes is in no pool.
         groups: the traced network's channel groups; those pinned have no pool.
         coupling: one of these.
         head: the weight of the classification head (:func:`imp.head_of`), for ``"internal"``.
 
     Raises:
         ConfigError: an unknown coupling.
-        TicketError: the mask of a weight that belongs to no group.
     """
     if coupling not in COUPLINGS:
         raise ConfigError(
@@ -68,7 +68,6 @@ def channel_pools(
             expected=f"one of {', '.join(COUPLINGS)}",
             fix=f"{nearest(coupling, COUPLINGS)}mend the name",
         )
-    refuse_unknown({name: mask for name, mask in masks.items() if mask.dim() > 1}, groups)
     pools = []
     for group in groups:
         if group.pinned is not None or (coupling == "internal" and not _internal(group, head)):

@@ -90,6 +90,36 @@ def counts(shapes: Shapes, shares: Shares) -> int | dict[str, int]:
     return {name: max(1, count) for name, count in found.items()}
 
 
+def apportion(parts: Mapping[str, Share], room: Mapping[str, int], total: int) -> dict[str, int]:
+    """Whole numbers in proportion to ``parts``, none above its room, that come to ``total`` or to all the room.
+
+    What does not fit into one goes to the others. Each is one at least, at the cost of the largest.
+
+    Args:
+        parts: positive numbers by name.
+        room: whole numbers of one or more, by the same names.
+        total: as many as names, or more.
+    """
+    total = min(total, sum(room.values()))
+    weights = {name: exact(part) for name, part in parts.items()}
+    full: set[str] = set()
+    while True:
+        left = total - sum(room[name] for name in full)
+        scale = Fraction(left) / sum((weights[name] for name in weights if name not in full), Fraction(0))
+        over = {name for name in weights if name not in full and weights[name] * scale >= room[name]}
+        full |= over
+        if not over or len(full) == len(weights):
+            break
+    wanted = {name: Fraction(room[name]) if name in full else weights[name] * scale for name in weights}
+    found = {name: max(1, math.floor(share)) for name, share in wanted.items()}
+    by_remainder = sorted(wanted, key=lambda name: found[name] - wanted[name])  # stable: equal ones in order
+    for name in by_remainder[: max(0, total - sum(found.values()))]:
+        found[name] += 1
+    while sum(found.values()) > total:  # what ones at least cost
+        found[max(found, key=lambda name: found[name])] -= 1
+    return found
+
+
 def exact(share: Share) -> Fraction:
     """The number that was meant: 1 - 0.7 is 3/10, not the float's 0.30000000000000004."""
     return share if isinstance(share, Fraction) else Fraction(share).limit_denominator(10**12)

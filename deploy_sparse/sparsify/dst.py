@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, TicketError
 from ..structure import Masks
 from .amenable import amenable
-from .distribution import counts, densities
+from .distribution import apportion, densities
 from .entry_scores import random
 from .exploration import Exploration
 from .flops import Flops, TrainingFlops, flops
@@ -40,13 +40,14 @@ def initial_masks(masks: Masks, density: float, distribution: Spread, seed: int)
 class DynamicMasks(StaticMasks):
     """Masks that move: every update drops the smallest weights and grows others, which start at zero.
 
-    The budget is the number of weights that the masks leave; it never changes. What the optimizer remembers of a weight
-    goes with it.
+    The budget is the number of weights that the first masks leave; after every update there are exactly as many, and
+    the surplus of a soft bound. Layer by layer each layer has its own number. A weight that is dropped and grows again
+    in the same update goes on as it was; of the others the optimizer forgets what it remembered.
 
     Args:
         masks: the first masks, of weights only; :func:`initial_masks`.
         exploration: when and how far the masks move.
-        distribution: how the budget is spread over the layers while every layer has its own.
+        distribution: how the budget is spread over the layers, each with its own, once channels were removed.
         seed: of random growth.
         macs: the dense network's multiply-accumulates by weight name (:func:`surgery.cost.layer_macs`), for the
             figures in FLOPs; without them there are none.
@@ -72,11 +73,13 @@ class DynamicMasks(StaticMasks):
                 fix="choose a higher density",
             )
         self.total = sum(mask.numel() for mask in masks.values())
-        self._allowed: dict[str, torch.Tensor] = {}
-        self._explored: dict[str, torch.Tensor] = {}
+        self._layers = {name: int(mask.sum()) for name, mask in masks.items()}
+        self._allowed = {name: torch.ones_like(mask) for name, mask in self.masks.items()}
+        self._explored = {name: mask.clone() for name, mask in self.masks.items()}
         self._weights: dict[str, nn.Parameter] = {}
         self._gradients: dict[str, torch.Tensor] = {}  # summed over the batches before an update
         self._pending = False  # an update waits for a finite gradient
+        self._listened = 0  # steps with a dense gradient since the FLOPs were counted
         self._spent, self._counted = TrainingFlops(), 0
         self._taken = 0
 
@@ -85,8 +88,14 @@ class DynamicMasks(StaticMasks):
         """Move the masks to the parameters' devices and set masked weights to zero.
 
         Raises:
-            TicketError: a mask without its parameter, or of another shape.
+            TicketError: a mask without its parameter, or of another shape, or a second start.
         """
+        if self._weights:
+            raise TicketError(
+                "the method was started twice",
+                expected="one training with each method",
+                fix="make a new one; to continue a training, start that and call restore_",
+            )
         super().start_(model)
         parameters = dict(model.named_parameters())
         self._weights = {name: parameters[name] for name in self.names}
@@ -98,6 +107,7 @@ class DynamicMasks(StaticMasks):
         """Remember the dense gradient where an update is going to need it."""
         if not (self._pending or self._listens(step + 1)):
             return
+        self._listened += 1
         found = {name: weight.grad for name, weight in self._weights.items() if weight.grad is not None}
         # fp16 overflows now and then, and at round numbers of steps, as updates are
         if not all(bool(torch.isfinite(gradient).all()) for gradient in found.values()):
@@ -117,7 +127,7 @@ class DynamicMasks(StaticMasks):
         explores = due and (self.exploration.growth == "random" or bool(self._gradients))
         self._pending = due and not explores
         if explores or prunes:
-            self._count_flops_(explores)
+            self._count_flops_()
             if prunes:
                 self._prune_(self._taken)
             if explores:
@@ -147,7 +157,7 @@ class DynamicMasks(StaticMasks):
         }
         if self.macs is not None:
             now = self._flops()
-            spent = self._spent.after(self._taken - self._counted, now)
+            spent = self._spent.after(self._taken - self._counted, now, self._listened)
             found["theoretical_flops"] = now.theoretical_share
             found["supported_flops"] = now.supported_share
             found["training_flops"] = spent.theoretical_share
@@ -155,14 +165,26 @@ class DynamicMasks(StaticMasks):
 
     def state(self) -> dict[str, torch.Tensor]:
         """Masks, what was explored, gradients of an update that is coming, and the FLOPs spent."""
-        counters = torch.tensor([self._taken, self._counted, self._pending], dtype=torch.int64)
+        numbers = [self._taken, self._counted, self._listened, self._pending]
+        counters = torch.tensor(numbers, dtype=torch.int64)
         parts = {"mask": self.masks, "allowed": self._allowed, "explored": self._explored, "gradient": self._gradients}
         tensors = {f"{part}/{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
         return {**tensors, "counters": counters, "flops": self._spent.to_tensor()}
 
     @torch.no_grad()
     def restore_(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take up what :meth:`state` gave."""
+        """Take up what :meth:`state` gave; called after :meth:`start_`.
+
+        Raises:
+            TicketError: a state of another method or network.
+        """
+        expected = {name for name in self.state() if not name.startswith("gradient/")}
+        if odd := sorted(expected ^ {name for name in state if not name.startswith("gradient/")}):
+            raise TicketError(
+                f"the state to continue from {'lacks' if odd[0] in expected else 'holds'} {odd[0]!r}",
+                expected=f"what a {type(self).__name__} of this network saved",
+                fix="continue with the method the checkpoint was written by, or remove the checkpoint",
+            )
         for part, own in (("mask", self.masks), ("allowed", self._allowed), ("explored", self._explored)):
             for name, tensor in own.items():
                 tensor.copy_(state[f"{part}/{name}"])
@@ -171,7 +193,7 @@ class DynamicMasks(StaticMasks):
             for name, weight in self._weights.items()
             if f"gradient/{name}" in state
         }
-        self._taken, self._counted, pending = state["counters"].tolist()
+        self._taken, self._counted, self._listened, pending = state["counters"].tolist()
         self._pending = bool(pending)
         self._spent = TrainingFlops.from_tensor(state["flops"])
         self._refresh_()
@@ -199,7 +221,8 @@ class DynamicMasks(StaticMasks):
     def _move_(self, names: list[str], low: int, high: int, taken: int) -> None:
         """Of these layers together: keep the ``low`` largest weights, then grow until there are ``high``."""
         alive = {name: self.masks[name] for name in names}
-        kept = keep_largest({name: self._weights[name].abs() for name in names}, alive, low, spare_best=True)
+        magnitudes = {name: self._weights[name].abs() for name in names}
+        kept = keep_largest(magnitudes, alive, max(low, len(names)), spare_best=True)
         free = {name: self._allowed[name] & ~kept[name] for name in names}
         wanted = high - sum(int(mask.sum()) for mask in kept.values())
         if wanted > 0:
@@ -226,12 +249,15 @@ class DynamicMasks(StaticMasks):
         return {name: low for name, (low, _) in bounds.items()}, {name: high for name, (_, high) in bounds.items()}
 
     def _by_layer(self, weights: int) -> dict[str, int]:
-        """So many weights, spread over what is left of the layers once channels were removed."""
-        shapes = {name: _extent(self._allowed[name]) for name in self.names}
-        room = sum(int(self._allowed[name].sum()) for name in self.names)
-        found = counts(shapes, densities(shapes, min(1.0, weights / room), self.distribution))
-        assert isinstance(found, dict)
-        return found
+        """So many weights, spread as at first, or over what is left of the layers once channels were removed."""
+        room = {name: int(self._allowed[name].sum()) for name in self.names}
+        parts: Mapping[str, float] = self._layers
+        if sum(room.values()) < self.total:
+            shapes = {name: _extent(self._allowed[name]) for name in self.names}
+            shares = densities(shapes, min(1.0, weights / sum(room.values())), self.distribution)
+            assert isinstance(shares, dict)
+            parts = {name: share * room[name] for name, share in shares.items()}
+        return apportion(parts, room, weights)
 
     def _refresh_(self) -> None:
         for mask, factor in zip(self.masks.values(), self._factors, strict=True):
@@ -245,14 +271,11 @@ class DynamicMasks(StaticMasks):
         assert self.macs is not None
         return replace(flops(self.macs, self.masks), supported=flops(self.macs, self._allowed).supported)
 
-    def _count_flops_(self, explores: bool) -> None:
+    def _count_flops_(self) -> None:
         """Account for the steps since the masks moved last, before they move again."""
-        steps = self._taken - self._counted
         if self.macs is not None:
-            by_gradient = explores and self.exploration.growth == "gradient"
-            dense = min(steps, self.exploration.gradient_batches) if by_gradient else 0
-            self._spent = self._spent.after(steps, self._flops(), dense)
-        self._counted = self._taken
+            self._spent = self._spent.after(self._taken - self._counted, self._flops(), self._listened)
+        self._counted, self._listened = self._taken, 0
 
 
 def _extent(allowed: torch.Tensor) -> tuple[int, ...]:

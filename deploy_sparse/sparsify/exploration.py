@@ -53,6 +53,8 @@ class Exploration:
     Attributes:
         interval: steps between updates.
         stop: no update from this step on, but the one that ends a soft bound.
+        offset: steps by which all updates are later; so one a epoch need not fall on its last step, before which the
+            network is validated.
         growth: ``"gradient"``: where the dense gradient is largest (RigL); ``"random"`` (SET).
         scope: ``"layer"``: every layer keeps its number of weights; ``"global"``: all layers are one pool.
         fraction: of the budget that an update drops and grows again, at the start.
@@ -74,11 +76,18 @@ class Exploration:
     period: int = 0
     soft: SoftBound | None = None
     gradient_batches: int = 1
+    offset: int = 0
 
     def __post_init__(self) -> None:
         for name, value in (("interval", self.interval), ("stop", self.stop), ("batches", self.gradient_batches)):
             if value < 1:
                 raise ConfigError(f"{name} {value} of an exploration", expected="1 or more", fix="count in steps")
+        if not 0 <= self.offset < self.interval:
+            raise ConfigError(
+                f"offset {self.offset} of updates every {self.interval} steps",
+                expected="0 or more, and less than the interval",
+                fix="leave it out",
+            )
         if not 0.0 <= self.final_fraction <= self.fraction <= 1.0:
             raise ConfigError(
                 f"fractions from {self.fraction} to {self.final_fraction}",
@@ -106,7 +115,11 @@ class Exploration:
     def due(self, taken: int) -> bool:
         """Whether the connectivity is updated after this step."""
         settles = self.soft is not None and taken == self.soft.until
-        return settles or (0 < taken < self.stop and taken % self.interval == 0)
+        return settles or (self.offset < taken < self.stop and (taken - self.offset) % self.interval == 0)
+
+    def moves(self, total: int) -> bool:
+        """Whether weights drop and grow at all in a training of ``total`` steps."""
+        return self.interval + self.offset < min(self.stop, total)
 
     def listens(self, taken: int) -> bool:
         """Whether this step's gradient counts for an update."""
@@ -136,7 +149,7 @@ def _cosine(taken: int, period: int) -> float:
 
 
 def _set(epoch: int, total: int) -> Exploration:
-    return Exploration(epoch, total, growth="random", fraction=0.5, decay="constant")
+    return Exploration(epoch, total, growth="random", fraction=0.5, decay="constant", offset=min(1, epoch - 1))
 
 
 def _rigl(epoch: int, total: int) -> Exploration:
@@ -171,9 +184,9 @@ PRESETS: Mapping[str, Callable[[int, int], Exploration]] = {
 }
 """By name: from the steps of an epoch and of the whole training to the published settings.
 
-``set`` (Mocanu et al. 2018): half of the weights, at random, once an epoch. ``rigl`` (Evci et al. 2020): 30 % by
-gradient every 100 steps, falling to none at three quarters. ``set-itop`` and ``rigl-itop`` (Liu et al. 2021): longer
-intervals, to the last step. ``mest`` (Yuan et al. 2021): random growth under a soft bound, here with the surplus,
-interval and end of Chase's commands; its importance with a gradient term is not here. ``chase`` (Yin et al. 2023): one
-pool of all layers, soft bound for four fifths of the training, then a fixed budget.
+``set`` (Mocanu et al. 2018): half of the weights, at random, once an epoch, after its first step. ``rigl`` (Evci et
+al. 2020): 30 % by gradient every 100 steps, falling to none at three quarters. ``set-itop`` and ``rigl-itop`` (Liu et
+al. 2021): longer intervals, to the last step. ``mest`` (Yuan et al. 2021): random growth under a soft bound, here with
+the surplus, interval and end of Chase's commands; its importance with a gradient term is not here. ``chase`` (Yin et
+al. 2023): one pool of all layers, soft bound for four fifths of the training, then a fixed budget.
 """

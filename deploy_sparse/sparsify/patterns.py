@@ -22,7 +22,6 @@ __all__ = [
     "by_writers",
     "channels",
     "keep_largest",
-    "refuse_unknown",
     "row_pools",
     "silence",
     "silent_pools",
@@ -126,7 +125,7 @@ def silent_pools(masks: Masks, groups: Sequence[ChannelGroup], *, together: bool
     Raises:
         TicketError: a mask that belongs to no group.
     """
-    refuse_unknown(masks, groups)
+    _refuse_unknown(masks, groups)
     pools: list[Pool] = []
     for group in groups:
         rows = [producer.weight for producer in group.producers if producer.weight.name in masks]
@@ -139,7 +138,7 @@ def silent_pools(masks: Masks, groups: Sequence[ChannelGroup], *, together: bool
     return pools
 
 
-def refuse_unknown(masks: Masks, groups: Sequence[ChannelGroup]) -> None:
+def _refuse_unknown(masks: Masks, groups: Sequence[ChannelGroup]) -> None:
     """Refuse masks of another network.
 
     Raises:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ def cost_of(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Cost, lis
         module: in evaluation mode.
         inputs: positional inputs; axis 0 of the first one is the batch.
     """
-    with FlopCounterMode(display=False) as counter:
+    with _every_operator(), FlopCounterMode(display=False) as counter:
         outputs = module(*_copies(inputs))
     parameters = sum(p.numel() for p in module.parameters())
     shapes = [y.shape for y in pytree.tree_leaves(outputs) if isinstance(y, torch.Tensor)]
@@ -53,10 +54,21 @@ def layer_macs(module: torch.nn.Module, inputs: tuple[Any, ...]) -> dict[str, in
     weights = {name: weight for name, weight in module.named_parameters() if weight.dim() > 1}
     layers = (torch.nn.modules.conv._ConvNd, torch.nn.Linear)
     own = {id(part.weight) for part in module.modules() if isinstance(part, layers)}
-    with _Products(weights) as products:
+    with _every_operator(), _Products(weights) as products:
         module(*_copies(inputs))
     found = {name: products.macs.get(name, 0) // _batch(inputs) for name in weights}
     return {name: macs for name, macs in found.items() if macs or id(weights[name]) in own}
+
+
+@contextmanager
+def _every_operator() -> Iterator[None]:
+    """Attention as separate products; its fused inference kernel counts as nothing."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -32,10 +32,14 @@ def steps_of_epoch(work: Work) -> int:
     return batch_count(work.data.train, work.config.fit.batch_size)
 
 
+def prunable(work: Work, config: DstConfig) -> dict[str, torch.Tensor]:
+    """All-True masks of every convolution and Linear layer that is not excluded, the head included."""
+    return dense_masks(work.trainer.factory(), exclude=config.sparse.exclude, head=True)
+
+
 def first_masks(work: Work, config: DstConfig) -> dict[str, torch.Tensor]:
-    """Random masks of every convolution and Linear layer, the head included (Evci et al. 2020)."""
-    prunable = dense_masks(work.trainer.factory(), exclude=config.sparse.exclude, head=True)
-    return initial_masks(prunable, config.sparse.density, config.sparse.distribution, config.seed)
+    """The random masks that the sparse training starts with."""
+    return initial_masks(prunable(work, config), config.sparse.density, config.sparse.distribution, config.seed)
 
 
 def macs_of(work: Work) -> dict[str, int]:
@@ -47,9 +51,8 @@ def pools_of(work: Work, config: ChaseConfig) -> tuple[ChannelPool, ...]:
     """The channels that may go, from the traced network; none where none are to go."""
     if config.channels.sparsity == 0:
         return ()
-    network = work.trainer.factory()
-    prunable = dense_masks(network, exclude=config.sparse.exclude, head=True)
-    return channel_pools(prunable, work.groups, config.channels.coupling, head=head_of(network))
+    head = head_of(work.trainer.factory())
+    return channel_pools(prunable(work, config), work.groups, config.channels.coupling, head=head)
 
 
 def dynamic_masks(work: Work, config: DstConfig) -> DynamicMasks:
@@ -75,33 +78,40 @@ def baseline(work: Work, config: DstConfig) -> tuple[Ticket, RewindPoint]:
 def sparse_ticket(work: Work, config: DstConfig, method: DynamicMasks, start: RewindPoint) -> Ticket:
     """Train once from the start; the best epoch on validation of those that are sparse enough is kept."""
     ticket = work.trainer.train(STAGE, start, method, None, keep="best")
+    used = density({name: ticket.masks[name] for name in method.names})
+    if used < 0.999 * method.budget / method.total:
+        work.run.console.warn(
+            f"the channels that stay hold {used:.1%} of the weights, all of them used, where sparse.density = "
+            f"{config.sparse.density} was asked; keep more channels, or choose a lower density"
+        )
     return work.trainer.reestimated("reestimated", ticket, batches=None) if config.sparse.reestimate else ticket
 
 
 def report_parts(
-    work: Work, ticket: Ticket, pools: Sequence[ChannelPool] = ()
+    work: Work, config: DstConfig, ticket: Ticket, pools: Sequence[ChannelPool] = ()
 ) -> tuple[list[Table], tuple[LinePlot, ...]]:
     """What the report says besides accuracy and time; nothing on the processes that write none."""
     if not world().main:
         return [], ()
-    return [usable_table(work, ticket, pools), layers_table(ticket)], history_plots(work)
+    return [usable_table(work, config, ticket, pools), layers_table(ticket)], history_plots(work)
 
 
-def usable_table(work: Work, ticket: Ticket, pools: Sequence[ChannelPool]) -> Table:
+def usable_table(work: Work, config: DstConfig, ticket: Ticket, pools: Sequence[ChannelPool]) -> Table:
     """How much of the sparsity is in non-zero weights only, and how much an engine can use."""
     macs = macs_of(work)
-    weights = {name: mask for name, mask in ticket.masks.items() if mask.dim() > 1}
+    weights = {name: ticket.masks[name] for name in prunable(work, config)}
     left = {name: torch.ones_like(mask) for name, mask in ticket.masks.items()}
     gone, size = 0, sum(pool.size for pool in pools)
     for pool in pools:
         removed = removed_channels(ticket.masks, pool)
         remove_(left, pool, removed)
         gone += int(removed.sum())
-    found = replace(flops(macs, weights), supported=flops(macs, left).supported)
+    found = replace(flops(macs, ticket.masks), supported=flops(macs, left).supported)
+    room = density({name: left[name] for name in weights})
     history = [row for row in metrics_of(work) if row["epoch"] == ticket.provenance.metrics["best_epoch"]]
     rows = [
         ("weights that are not zero, of the masked layers", f"{density(weights):.1%}"),
-        ("weights left once removed channels are cut, of the masked layers", f"{density(_only(left, weights)):.1%}"),
+        ("weights left once removed channels are cut, of the masked layers", f"{room:.1%}"),
         *([("channels left, of those that may go", f"{size - gone} of {size}")] if size else []),
         ("FLOPs of a forward pass, non-zero weights only (theoretical)", f"{found.theoretical_share:.1%}"),
         ("FLOPs of a forward pass, removed channels only (what a dense engine runs)", f"{found.supported_share:.1%}"),
@@ -170,7 +180,3 @@ def history_plots(work: Work) -> tuple[LinePlot, ...]:
 
 def _series(label: str, rows: Sequence[Mapping[str, float]], key: str) -> Series:
     return Series(label, tuple((row["epoch"] + 1, row[key]) for row in rows))
-
-
-def _only(left: Mapping[str, torch.Tensor], names: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: left[name] for name in names}

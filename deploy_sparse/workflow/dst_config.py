@@ -113,11 +113,12 @@ def check_dst(config: DstConfig) -> None:
     epoch = images.train_images // config.fit.batch_size
     explored = exploration_of(config, epoch)
     total = config.fit.epochs * epoch
-    if not any(explored.due(taken) for taken in range(1, total)):
+    if not explored.moves(total):
         raise ConfigError(
-            f"explore.interval = {explored.interval} in a training of {total} steps",
-            expected="at least one update of the connectivity",
-            fix="choose a shorter --explore.interval, or train longer",
+            f"explore.interval = {explored.interval} in a training of {total} steps"
+            + f", of which {explored.stop} explore" * (explored.stop < total),
+            expected="at least one update by which weights grow",
+            fix=f"choose a shorter --explore.interval, for example {max(1, min(explored.stop, total) // 20)}",
         )
     if isinstance(config, ChaseConfig) and config.channels.sparsity > 0:
         events = channel_schedule(config, epoch).events()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import deploy_sparse
-from deploy_sparse.errors import ConfigError
+from deploy_sparse.errors import ConfigError, SurgeryError, TicketError
 from deploy_sparse.sparsify.chase import Chase
 from deploy_sparse.sparsify.dst import DynamicMasks
 from deploy_sparse.sparsify.exploration import PRESETS, Exploration
@@ -57,6 +57,39 @@ def test_chase_in_a_loop_of_ones_own(coupling, prunable):
     assert method.figures()["channels_left"] == 0.5
 
 
+class Gated(nn.Module):
+    """Layers that the tracer names and leaves alone (a layer scale), beside channels that may go."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.scale = nn.Conv2d(3, 8, 3, padding=1), nn.Parameter(torch.ones(1, 8, 1, 1))
+        self.depth, self.norm = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.GroupNorm(2, 8)
+        self.wide, self.back, self.head = nn.Conv2d(8, 32, 1), nn.Conv2d(32, 8, 1), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.scale * self.back(torch.relu(self.wide(self.norm(self.depth(x)))))
+        return self.head(x.mean(dim=(2, 3)))
+
+
+def test_what_the_tracer_does_not_understand_stays_and_the_rest_goes():
+    model = Gated()
+    method = deploy_sparse.dynamic_sparsity(model, EXAMPLE, steps=STEPS, density=0.3, channels=0.5, interval=4)
+    assert [pool.name for pool in method.pools] == ["wide.weight"]
+    small = deploy_sparse.compact(trained(model, method), factory=Gated)
+    assert small.module.wide.weight.shape[0] <= 16
+
+
+def test_a_layer_that_shares_its_weight_cannot_lose_channels():
+    model = network()
+    model[3] = nn.Conv2d(16, 16, 3, padding=1)
+    model.insert(4, nn.Conv2d(16, 16, 3, padding=1))
+    model[4].weight = model[3].weight
+    model[-1] = nn.Linear(16, 10)
+    with pytest.raises((TicketError, ConfigError, SurgeryError), match=r"shares?|tied|no parameter|may go"):
+        deploy_sparse.dynamic_sparsity(model, EXAMPLE, steps=STEPS, channels=0.5, interval=4).start_(model)
+
+
 def test_without_channels_it_moves_weights_only():
     model = network()
     method = deploy_sparse.dynamic_sparsity(model, EXAMPLE, steps=STEPS, density=0.2, exploration="rigl", interval=5)
@@ -94,8 +127,13 @@ def test_settings_are_taken():
     ("options", "message"),
     [
         ({"exploration": "riggl"}, "did you mean 'rigl'"),
-        ({"exploration": "rigl-itop"}, "updates every 4000 steps in a training of 30"),
-        ({"interval": 30}, "30 steps with updates every 30"),
+        ({"exploration": "rigl-itop"}, "updates every 4000 steps until step 30, in a training of 30"),
+        ({"interval": 30}, "updates every 30 steps until step 30, in a training of 30"),
+        ({"exploration": "mest"}, "updates every 1000 steps until step 24"),  # the end of its soft bound is no growth
+        ({"steps": 1, "interval": 4}, "a training of 1 steps"),
+        ({"until": 1.5, "interval": 4, "channels": 0.5}, "until 1.5"),
+        ({"until": 0.0, "interval": 4, "channels": 0.5}, "until 0.0"),
+        ({"until": 0.03, "interval": 4, "channels": 0.5}, "more than one removal"),
         ({"density": 0.0, "interval": 4}, "density 0.0"),
         ({"channels": 1.0, "interval": 4}, "channel sparsity 1.0"),
         ({"channels": 0.5, "interval": 4, "criterion": "l1"}, "unknown channel score 'l1'"),
@@ -104,4 +142,4 @@ def test_settings_are_taken():
 )
 def test_nonsense_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
-        deploy_sparse.dynamic_sparsity(network(), EXAMPLE, steps=STEPS, **options)
+        deploy_sparse.dynamic_sparsity(network(), EXAMPLE, **{"steps": STEPS, **options})

@@ -284,12 +284,17 @@ def test_internal_channels_have_one_writer_and_one_reader():
         assert len(channel_pools(masks, (group,), "prune_skip")) == 1
 
 
+def test_weights_the_tracer_does_not_know_do_not_matter():
+    model, groups = traced(*NETWORKS["digits"])
+    known = pools_of(model, groups, "internal")
+    more = {**dense_masks(model, head=True), "other": torch.ones(2, 2, dtype=torch.bool)}
+    assert channel_pools(more, groups, "internal", head=head_of(model)) == known
+
+
 def test_what_does_not_fit_is_refused():
     model, groups = traced(*NETWORKS["digits"])
     with pytest.raises(ConfigError, match=r"coupling 'prune_skips'[\s\S]*internal, prune_skip[\s\S]*mean 'prune_skip'"):
         pools_of(model, groups, "prune_skips")
-    with pytest.raises(TicketError, match="mask 'other' belongs to no layer"):
-        channel_pools({"other": torch.ones(2, 2) > 0}, groups, "internal")
     pool = pools_of(model, groups, "internal")[0]
     masks = masks_for(model, (pool,))
     with pytest.raises(TicketError, match=r"have shape \(3,\)[\s\S]*each of its 5 channels"):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploy_sparse.errors import ConfigError, TicketError
-from deploy_sparse.sparsify.distribution import counts, densities, erk, exact
+from deploy_sparse.sparsify.distribution import apportion, counts, densities, erk, exact
 from deploy_sparse.sparsify.schedule import SCHEDULES, cubic, exponential, geometric, one_shot
 
 shape = st.tuples(st.integers(1, 64), st.integers(1, 64), st.sampled_from([1, 3, 5]), st.sampled_from([1, 3]))
@@ -118,3 +118,29 @@ def test_schedules_refuse_what_is_out_of_range():
         geometric(1.0, 3)
     with pytest.raises(ConfigError, match="-1 rounds"):
         geometric(0.2, -1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), count=st.integers(1, 8))
+def test_apportioned_numbers_come_to_the_total_and_fit(data, count):
+    names = [str(number) for number in range(count)]
+    room = {name: data.draw(st.integers(1, 50)) for name in names}
+    parts = {name: data.draw(st.floats(1e-3, 100)) for name in names}
+    total = data.draw(st.integers(count, sum(room.values()) + 20))
+    found = apportion(parts, room, total)
+    assert sum(found.values()) == min(total, sum(room.values()))
+    assert all(1 <= found[name] <= room[name] for name in names)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), count=st.integers(1, 6), total=st.integers(600, 1000))
+def test_apportioned_numbers_are_in_proportion_where_there_is_room(data, count, total):
+    parts = {str(number): data.draw(st.floats(1.0, 5.0)) for number in range(count)}
+    found = apportion(parts, dict.fromkeys(parts, 1000), total)
+    assert all(abs(found[name] - total * part / sum(parts.values())) < 1 for name, part in parts.items())
+
+
+def test_parts_that_fit_are_left_as_they_are():
+    parts = {"a": 29, "b": 461, "c": 512}
+    assert apportion(parts, {"a": 100, "b": 1000, "c": 1000}, 1002) == parts
+    assert apportion(parts, {"a": 100, "b": 1000, "c": 300}, 1002) == {"a": 42, "b": 660, "c": 300}

@@ -1,6 +1,7 @@
 """Masks that move: what is dropped, what grows, what never changes, and exact resume."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from deploy_sparse.errors import ConfigError
+from deploy_sparse.errors import ConfigError, TicketError
 from deploy_sparse.sparsify.dst import DynamicMasks, initial_masks
 from deploy_sparse.sparsify.exploration import Exploration, SoftBound
 from deploy_sparse.sparsify.flops import flops
@@ -180,13 +181,47 @@ def test_a_soft_bound_holds_the_surplus_between_updates_and_ends_at_the_budget()
         assert training.method.ready(taken - 1) == (taken >= 18)
 
 
-def test_layer_by_layer_the_surplus_is_spread_by_erk():
+def test_layer_by_layer_the_surplus_is_spread_as_the_weights_are():
     training = Training(method(0.3, soft=SoftBound(0.2, 18)))
+    first = training.counts()
     training.steps(4)
-    total = training.method.total
-    surplus = round(SoftBound(0.2, 18).at(4) * total)
-    expected = masks((training.method.budget + surplus) / total)
-    assert training.counts() == {name: int(mask.sum()) for name, mask in expected.items()}
+    now, room = training.counts(), {name: mask.numel() for name, mask in training.masks().items()}
+    assert sum(now.values()) == training.method.budget + round(SoftBound(0.2, 18).at(4) * training.method.total)
+    scales = [now[name] / first[name] for name in now if now[name] < room[name]]
+    assert max(scales) - min(scales) < 0.1
+    assert training.steps(16).counts() == first
+
+
+def test_layers_keep_their_numbers_wherever_the_masks_come_from():
+    generator = torch.Generator().manual_seed(0)
+    odd = {name: torch.rand(m.shape, generator=generator) < 0.2 for name, m in masks().items()}
+    odd["0.weight"][:, :4] = True
+    training = Training(DynamicMasks(odd, Exploration(2, 100), distribution="erk"))
+    first = training.counts()
+    assert training.steps(6).counts() == first
+
+
+def test_many_tiny_layers_do_not_inflate_the_budget():
+    shapes = {f"tiny{number}": (3, 3) for number in range(12)} | {"wide": (3, 400)}
+    dense = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
+    own = DynamicMasks(initial_masks(dense, 0.05, "uniform", 0), Exploration(2, 100, growth="random"))
+    model = nn.Module()
+    for name, shape in shapes.items():
+        model.register_parameter(name, nn.Parameter(torch.randn(shape)))
+    own.start_(model)
+    for step in range(4):
+        own.after_step_(model, torch.optim.SGD(model.parameters(), lr=0.1), step)
+    assert sum(int(mask.sum()) for mask in own.masks.values()) == own.budget
+
+
+def test_no_layer_is_emptied_by_a_large_fraction_over_all_layers():
+    weights = {name: torch.zeros_like(mask) for name, mask in masks().items()}
+    for mask in weights.values():
+        mask[0, 0] = True  # one weight a layer is the whole budget
+    training = Training(DynamicMasks(weights, Exploration(2, 100, scope="global", fraction=0.9, decay="constant")))
+    for _ in range(6):
+        training.step()
+        assert min(training.counts().values()) > 0
 
 
 def test_growth_takes_the_gradient_averaged_over_the_last_batches():
@@ -203,6 +238,31 @@ def test_growth_takes_the_gradient_averaged_over_the_last_batches():
         )
         assert bool(grown.any())
         assert float(mean[grown].min()) >= float(mean[~now].max())
+
+
+def test_each_update_takes_gradients_of_its_own():
+    training = Training(method(0.2, fraction=0.5, decay="constant"))
+    training.steps(7)
+    before = training.masks()
+    gradients, weights = training.step()
+    for name, mask in training.masks().items():
+        alive = before[name].flatten().nonzero().flatten().tolist()
+        magnitude, slope = weights[name].flatten().abs(), gradients[name].flatten().abs()
+        kept = set(sorted(alive, key=lambda i: float(magnitude[i]))[math.ceil(0.5 * len(alive)) :])
+        free = sorted(set(range(mask.numel())) - kept, key=lambda i: -float(slope[i]))
+        grown = set(free[: len(alive) - len(kept)])
+        assert set(mask.flatten().nonzero().flatten().tolist()) == kept | grown
+
+
+def test_random_growth_draws_anew_at_every_update():
+    own = DynamicMasks(masks(0.1), Exploration(1, 100, growth="random", fraction=1.0, decay="constant"))
+    training = Training(own, lr=1e-9)
+    drawn = []
+    for _ in range(4):
+        training.step()
+        drawn.append(torch.cat([mask.flatten() for mask in own.masks.values()]))
+    overlap = [float((a & b).sum() / b.sum()) for a, b in pairwise(drawn)]
+    assert max(overlap) < 0.5  # the same draw would give the same weights again
 
 
 def test_random_growth_needs_no_gradient_and_is_the_same_wherever_it_runs():
@@ -257,6 +317,48 @@ def test_a_restored_method_goes_on_with_the_same_bits(stop, options):
         assert torch.equal(parameter, second.model.get_parameter(name)), name
     assert all(torch.equal(mask, second.method.masks[name]) for name, mask in whole.masks().items())
     assert whole.method.figures() == second.method.figures()
+
+
+def test_an_update_that_waits_is_restored_too():
+    first = Training(method()).steps(3)
+    first.step(spoil=True)
+    second = Training(method())
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.method.restore_(first.method.state())
+    second.taken = 4
+    before = second.masks()
+    assert not second.method.ready(3)
+    second.step()
+    assert any(not torch.equal(mask, before[name]) for name, mask in second.masks().items())
+
+
+def test_a_state_of_another_method_is_refused():
+    training = Training(method())
+    with pytest.raises(TicketError, match=r"lacks 'allowed/0\.weight'"):
+        training.method.restore_({})
+    with pytest.raises(TicketError, match="holds 'removed/0'"):
+        training.method.restore_({**training.method.state(), "removed/0": torch.zeros(3)})
+
+
+def test_a_method_trains_once():
+    training = Training(method())
+    with pytest.raises(TicketError, match="started twice"):
+        training.method.start_(training.model)
+
+
+def test_before_the_start_figures_are_those_of_the_first_masks():
+    own = method(0.3)
+    assert own.figures()["density"] == pytest.approx(own.budget / own.total, abs=1e-6)
+
+
+def test_dense_gradients_are_counted_where_they_are_computed():
+    macs = {"0.weight": 120, "2.weight": 320, "4.weight": 64}
+    own = DynamicMasks(masks(0.3), Exploration(4, 100, gradient_batches=3), macs=macs)
+    Training(own).steps(10)  # gradients of steps 2, 3, 4, of 6, 7, 8 and of 10
+    found = flops(macs, masks(0.3))
+    spent = (3 * 3 * found.theoretical + 7 * (2 * found.theoretical + found.dense)) / (10 * 3 * found.dense)
+    assert own.figures()["training_flops"] == pytest.approx(spent, abs=1e-6)
 
 
 def test_with_adamw_moments_of_dropped_weights_are_forgotten():

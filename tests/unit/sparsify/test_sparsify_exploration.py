@@ -65,6 +65,9 @@ def test_rigl():
 def test_set_is_random_and_constant_once_an_epoch():
     found = PRESETS["set"](37, 370)
     assert (found.growth, found.scope, found.interval) == ("random", "layer", 37)
+    # not at the end of an epoch: it is validated there
+    assert [taken for taken in range(371) if found.due(taken)] == [1 + 37 * epoch for epoch in range(1, 10)]
+    assert [taken for taken in range(6) if PRESETS["set"](1, 5).due(taken)] == [1, 2, 3, 4]
     assert {found.fraction_at(taken) for taken in (1, 100, 369)} == {0.5}
     assert not any(found.listens(taken) for taken in range(370))  # it never needs a gradient
 
@@ -85,6 +88,25 @@ def test_mest_grows_at_random_under_a_soft_bound_that_ends_at_the_budget():
     assert found.bounds(8000, 100, 100) == (100, 100)
 
 
+def test_chases_own_soft_bound_and_pool():
+    found = PRESETS["chase"](500, 10_000)
+    assert (found.soft, found.scope, found.growth, found.stop) == (SoftBound(0.05, 8000), "global", "gradient", 10_000)
+
+
+@pytest.mark.parametrize(
+    ("exploration", "total", "moves"),
+    [
+        (Exploration(10, 100), 11, True),
+        (Exploration(10, 100), 10, False),  # nothing is trained after the last step
+        (Exploration(10, 10), 100, False),
+        (Exploration(1000, 2000, soft=SoftBound(0.1, 400)), 500, False),  # the end of a soft bound grows nothing
+        (Exploration(10, 100, offset=5), 15, False),
+    ],
+)
+def test_whether_anything_moves(exploration, total, moves):
+    assert exploration.moves(total) is moves
+
+
 def test_gradients_are_wanted_of_the_last_batches_before_an_update():
     one, three = Exploration(10, 100), Exploration(10, 100, gradient_batches=3)
     assert [taken for taken in range(1, 25) if one.listens(taken)] == [10, 20]
@@ -96,6 +118,7 @@ def test_gradients_are_wanted_of_the_last_batches_before_an_update():
     [
         ({"interval": 0}, "interval 0"),
         ({"fraction": 0.1, "final_fraction": 0.2}, "fractions from 0.1 to 0.2"),
+        ({"offset": 10}, "offset 10 of updates every 10 steps"),
         ({"gradient_batches": 11}, "averaged over 11 batches every 10 steps"),
         ({"growth": "gradents"}, "did you mean 'gradient'"),
         ({"scope": "all"}, "unknown scope 'all'"),

@@ -91,3 +91,14 @@ def test_counting_leaves_no_gradient_and_takes_several_inputs():
     network = Two().eval()
     assert layer_macs(network, (torch.ones(5, 3), torch.ones(5, 2), 2.0)) == {"a.weight": 12, "b.weight": 8}
     assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_attention_counts_the_same_in_either_mode():
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    inputs = (torch.randn(1, 6, 16),)
+    found = layer_macs(layer.eval(), inputs)
+    assert found == layer_macs(layer.train(), inputs)
+    assert found["self_attn.in_proj_weight"] == 6 * 16 * 48
+    assert found["self_attn.out_proj.weight"] == 6 * 16 * 16
+    assert cost_of(layer.eval(), inputs)[0].macs >= sum(found.values())  # and products of two activations
+    assert torch.backends.mha.get_fastpath_enabled()  # left as it was

@@ -84,6 +84,13 @@ def test_moving_masks_under_adamw_resume_exactly_and_are_the_same_everywhere(tog
     assert len({part[key] for part in found for key in ("moving", "moving-resumed")}) == 1
 
 
+def test_chase_stopped_among_its_removals_resumes_exactly_and_is_the_same_everywhere(together):
+    _, _, found = together
+    assert [part["chase-stop"][0] for part in found] == ["Interrupted", "Interrupted"]
+    assert "saved at step 4" in found[0]["chase-stop"][1]  # removals are after steps 1, 3, 5, 7
+    assert len({part[key] for part in found for key in ("chase", "chase-resumed")}) == 1
+
+
 def test_masks_that_differ_between_processes_end_the_training_after_its_first_epoch(together):
     folder, _, (first, second) = together
     assert first["apart"] == second["apart"]

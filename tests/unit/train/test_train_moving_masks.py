@@ -77,3 +77,11 @@ def test_the_masks_that_come_back_are_copies(tmp_path):
     last = fitted.last_masks["0.weight"].clone()
     method.masks["0.weight"].logical_not_()
     assert torch.equal(fitted.last_masks["0.weight"], last)
+
+
+def test_a_moving_average_is_kept_under_the_masks_of_its_epoch(tmp_path):
+    fitted = moving(tmp_path, {"ema": 0.9})
+    for weights, masks in ((fitted.best, fitted.best_masks), (fitted.last, fitted.last_masks)):
+        mask = masks["0.weight"]
+        assert bool((weights["0.weight"][~mask] == 0).all())
+        assert bool((weights["0.weight"][mask] != 0).any())

@@ -5,7 +5,14 @@ from torch import nn
 
 from deploy_sparse.data.splits import Augmentation, Split, Splits
 from deploy_sparse.errors import Interrupted
+from deploy_sparse.sparsify.channel_schedule import ChannelSchedule
+from deploy_sparse.sparsify.chase import Chase
+from deploy_sparse.sparsify.coupling import channel_pools
+from deploy_sparse.sparsify.dst import initial_masks
+from deploy_sparse.sparsify.exploration import Exploration, SoftBound
+from deploy_sparse.sparsify.imp import dense_masks
 from deploy_sparse.sparsify.method import Method, StaticMasks
+from deploy_sparse.surgery.graph import channel_groups
 from deploy_sparse.train.loop import FitConfig, fit
 from deploy_sparse.train.tensors import mask_
 
@@ -45,6 +52,14 @@ def network():
         return nn.Sequential(
             nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
         )
+
+
+def chase():
+    """Half of the convolution's channels go in the nine steps, while its weights move every second one."""
+    weights = dense_masks(network(), head=True)
+    pools = channel_pools(weights, channel_groups(network(), (torch.zeros(2, 1, 4, 4),)), "prune_skip")
+    moves = Exploration(2, STEPS, scope="global", soft=SoftBound(0.1, 7), gradient_batches=2)
+    return Chase(initial_masks(weights, 0.3, "erk", 0), moves, pools, ChannelSchedule(0.5, 2, 1, 7))
 
 
 def backwards():

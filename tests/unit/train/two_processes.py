@@ -5,7 +5,7 @@ import json
 from functools import partial
 
 from torch import nn
-from train_samples import CONFIG, MASKS, Moving, StopAfter, backwards, network, splits
+from train_samples import CONFIG, MASKS, Moving, StopAfter, backwards, chase, network, splits
 
 from deploy_sparse.config import Config
 from deploy_sparse.errors import ArtifactError, DeploySparseError
@@ -59,11 +59,11 @@ def stopping(folder, poll, config, factory=network):
         return tickets(run, config, factory)[0]
 
 
-def moving(folder, poll, config):
+def moving(folder, poll, config, method=Moving):
     """The digest of a ticket whose masks moved, and of that ticket with BatchNorm statistics measured anew."""
     with open_run(folder, "toy", {}, resume=True, command="again", console=Console(io.StringIO()), poll=poll) as run:
         making = trainer(run, config, network)
-        ticket = making.train("moving", making.initial(), Moving(), None, keep="last")
+        ticket = making.train("moving", making.initial(), method(), None, keep="last")
         found = making.reestimated("reestimated", ticket, batches=None)
         return digest(ticket.weights, ticket.masks, found.weights, found.masks)
 
@@ -127,6 +127,10 @@ def main(config, run):
         partial(moving, run.folder / "moving-stopped", StopAfter(9) if me.rank == 1 else never, adam)
     )
     found["moving-resumed"] = moving(run.folder / "moving-stopped", never, adam)
+    found["chase"] = moving(run.folder / "chase", never, adam, chase)
+    stopped = partial(moving, run.folder / "chase-stopped", StopAfter(7) if me.rank == 1 else never, adam, chase)
+    found["chase-stop"] = said(stopped)
+    found["chase-resumed"] = moving(run.folder / "chase-stopped", never, adam, chase)
     found["apart"] = apart(run.folder / "apart", plain)
 
     runtime = start_runtime(RuntimeConfig(device="cpu", threads=1))
