@@ -12,7 +12,7 @@ from deploy_sparse.measure.table import markdown
 from deploy_sparse.tune.run_report import load_report, write_report_files
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "reproduction.md")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 RECORD = re.compile(r"<!-- record: (\S+) -->\n(.*?)<!-- end of record -->", re.DOTALL)
 RESULTS = re.compile(r"<!-- results: (\S+) -->\n(.*?)<!-- end of results -->", re.DOTALL)
 

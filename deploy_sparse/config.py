@@ -10,6 +10,7 @@ import json
 import math
 import tomllib
 from collections.abc import Iterator, Mapping
+from difflib import SequenceMatcher
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from .errors import ConfigError, nearest
+from .errors import ConfigError
 
 
 class Config(BaseModel):
@@ -136,21 +137,24 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def toml_text(values: Mapping[str, Any]) -> str:
-    """``values`` as a TOML document; None values are left out, as TOML has no null."""
-    plain = [f"{k} = {_toml_value(v)}" for k, v in values.items() if v is not None and not isinstance(v, Mapping)]
-    lines = plain
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            lines += ["", f"[{key}]", *_table_lines(key, value)]
-    return "\n".join(lines).strip() + "\n"
+UNSET = "# {} = …"
+"""How :func:`toml_text` writes a key without a value."""
 
 
-def _table_lines(path: str, values: Mapping[str, Any]) -> list[str]:
-    lines = [f"{k} = {_toml_value(v)}" for k, v in values.items() if v is not None and not isinstance(v, Mapping)]
+def toml_text(values: Mapping[str, Any], *, unset: bool = False) -> str:
+    """``values`` as a TOML document; None values are left out, as TOML has no null, or ``unset`` as comments."""
+    return "\n".join(_table_lines("", values, unset)).strip() + "\n"
+
+
+def _table_lines(prefix: str, values: Mapping[str, Any], unset: bool) -> list[str]:
+    lines = [
+        UNSET.format(key) if value is None else f"{key} = {_toml_value(value)}"
+        for key, value in values.items()
+        if not isinstance(value, Mapping) and (unset or value is not None)
+    ]
     for key, value in values.items():
         if isinstance(value, Mapping):
-            lines += ["", f"[{path}.{key}]", *_table_lines(f"{path}.{key}", value)]
+            lines += ["", f"[{prefix}{key}]", *_table_lines(f"{prefix}{key}.", value, unset)]
     return lines
 
 
@@ -238,12 +242,7 @@ def _readable(kind: type[Config], detail: ErrorDetails, source: str) -> ConfigEr
     path = [str(part) for part in detail["loc"]]
     key = ".".join(path)
     if detail["type"] == "extra_forbidden":
-        known = list(keys_of(kind))
-        siblings = [k for k in known if k.split(".")[:-1] == path[:-1]] or known
-        hint = nearest(key, siblings) or nearest(key, known) or nearest(path[-1], known)
-        return ConfigError(
-            f"unknown key {key!r} in {source}", expected=f"one of {', '.join(siblings)}", fix=f"{hint}mend the key"
-        )
+        return _unknown(kind, path, detail["input"], source)
     if detail["type"] == "missing":
         return ConfigError(f"{key!r} is missing in {source}", expected="a value for it", fix=f"add it: --{key} VALUE")
     if detail["type"] in _WORDS:
@@ -257,3 +256,38 @@ def _readable(kind: type[Config], detail: ErrorDetails, source: str) -> ConfigEr
     return ConfigError(
         f"{key} = {detail['input']!r} in {source}", expected=message, fix=f"choose another value: --{key} VALUE"
     )
+
+
+def _unknown(kind: type[Config], path: list[str], value: Any, source: str) -> ConfigError:
+    """An unknown key, or an unknown table, of which the first key is named; with the nearest key or table."""
+    inner = next((name for name, _ in flatten(value)), "") if isinstance(value, Mapping) else ""
+    key = ".".join([*path, inner] if inner else path)
+    keys = list(keys_of(kind))
+    known = [*keys, *dict.fromkeys(parents for k in keys if (parents := k.rpartition(".")[0]))]
+    meant = _nearest_key(key, known) or _nearest_key(".".join(path), known)
+    table = path[:-1] if not meant else meant.split(".")[:-1] if meant in keys else meant.split(".")
+    hint = f"did you mean {meant!r}? " if meant else ""
+    return ConfigError(f"unknown key {key!r} in {source}", expected=_keys_in(kind, table), fix=f"{hint}mend the key")
+
+
+def _nearest_key(key: str, known: list[str]) -> str:
+    """The known dotted key that is like ``key`` as a whole and in its last part; empty without a similar one."""
+
+    def likeness(other: str) -> float:
+        pairs = ((key, other), (key.rpartition(".")[2], other.rpartition(".")[2]))
+        return sum(SequenceMatcher(None, *pair).ratio() for pair in pairs) / 2
+
+    best = max(known, key=likeness, default="")
+    return best if best and likeness(best) >= 0.6 else ""  # difflib's own bound, as everywhere in this package
+
+
+def _keys_in(kind: type[Config], table: list[str]) -> str:
+    """What the table at ``table`` holds, in words: its own keys, and the tables in it."""
+    for part in table:
+        field = kind.model_fields.get(part)  # none for the number of a list's entry
+        kind = (_nested(field.annotation) if field else None) or kind
+    prefix = "".join(f"{part}." for part in table)
+    tables = [prefix + name for name, field in kind.model_fields.items() if _nested(field.annotation)]
+    keys = [prefix + name for name in kind.model_fields if prefix + name not in tables]
+    words = [f"one of {', '.join(keys)}" if keys else "", f"a key of {', '.join(tables)}" if tables else ""]
+    return ", or ".join(filter(None, words))

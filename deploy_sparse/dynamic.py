@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import get_args
 
 import torch
 
@@ -41,8 +42,9 @@ def dynamic_sparsity(
 
     Call ``start_(model)`` once, ``after_backward_(model, step)`` and ``after_step_(model, optimizer, step)`` around
     each optimizer step, counted from 0. At the end ``model.state_dict()`` and ``.masks`` make a ticket; ``.figures()``
-    says how sparse it is and what it costs. For an exact resume save ``.state()`` beside weights and optimizer, and
-    call ``restore_`` after ``start_``.
+    says how sparse it is and what it costs, ``.ready(step)`` whether it is as sparse as asked. For an exact resume save
+    ``.state()`` beside weights and optimizer; to continue, call ``start_``, *then* load weights and optimizer, then
+    call ``restore_``.
 
     Args:
         model: any module; for ``channels`` one that ``torch.export`` can trace. It is not changed here.
@@ -65,8 +67,17 @@ def dynamic_sparsity(
         ConfigError: a value out of range, an unknown word, or steps in which nothing would move.
         SurgeryError: the network cannot be traced.
     """
-    if steps < 2:
-        raise ConfigError(f"a training of {steps} steps", expected="2 or more", fix="count optimizer steps")
+    for name, number, least in (("steps", steps, 2), ("epoch", epoch, 1), ("interval", interval, 1)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < least):
+            raise ConfigError(
+                f"{name} {number!r}", expected=f"a whole number, {least} or more", fix="count optimizer steps"
+            )
+    if distribution not in get_args(Spread):
+        raise ConfigError(
+            f"distribution {distribution!r}",
+            expected=f"one of {', '.join(get_args(Spread))}",
+            fix=f"{nearest(str(distribution), get_args(Spread))}choose one of them",
+        )
     if not 0.0 < until <= 1.0:
         raise ConfigError(
             f"until {until}", expected="a share of the training, in (0, 1]", fix="0.8 leaves a fifth without removals"
@@ -94,12 +105,12 @@ def dynamic_sparsity(
 
 
 def _exploration(given: str | Exploration, interval: int | None, epoch: int, steps: int) -> Exploration:
-    if isinstance(given, str):
+    if not isinstance(given, Exploration):
         if given not in PRESETS:
             raise ConfigError(
                 f"unknown exploration {given!r}",
                 expected=f"one of {', '.join(PRESETS)}, or an Exploration",
-                fix=f"{nearest(given, list(PRESETS))}mend the name",
+                fix=f"{nearest(str(given), list(PRESETS))}mend the name",
             )
         given = PRESETS[given](epoch, steps)
     found = given if interval is None else replace(given, interval=interval)

@@ -212,7 +212,7 @@ class Ticket:
             raise TicketError(
                 f"layer {name!r} has no channel left: its mask keeps nothing",
                 expected="at least one surviving channel in every layer",
-                fix="prune less, fewer rounds or a lower rate",
+                fix="prune less: a higher density, fewer rounds or a lower rate",
             )
 
     def _validate_fit(self, state: Mapping[str, torch.Tensor]) -> None:

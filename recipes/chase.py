@@ -76,7 +76,8 @@ def main(config: RecipeConfig, run: Run) -> Mapping[str, Any]:
     )
     dense, start = dst.baseline(work, config)
     ticket = dst.sparse_ticket(work, config, method, start)
-    return deploy(work, dense, ticket, "Chase", *dst.report_parts(work, config, ticket, pools))
+    said = dst.explained(work, config, ticket, pools)
+    return deploy(work, dense, ticket, "Chase", [], plots=said.plots, explain=said.explain)
 
 
 if __name__ == "__main__":

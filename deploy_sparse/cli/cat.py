@@ -1,4 +1,4 @@
-"""Print a recipe's full configuration as TOML, with where each value comes from."""
+"""Print a recipe's full configuration as TOML, with where each value comes from; what is not set as comments."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def execute(options: argparse.Namespace) -> int:
         return "default"
 
     rows = {key: {"value": value, "origin": origin(key)} for key, value in flatten(values)}
-    emit(options, rows, lambda: _annotated(toml_text(values), {k: r["origin"] for k, r in rows.items()}, descriptions))
+    origins = {key: "not set" if row["value"] is None else row["origin"] for key, row in rows.items()}
+    emit(options, rows, lambda: _annotated(toml_text(values, unset=True), origins, descriptions))
     return 0
 
 
@@ -45,9 +46,10 @@ def _annotated(text: str, origins: dict[str, str], descriptions: dict[str, str])
     for line in text.splitlines():
         if line.startswith("["):
             section = line.strip("[]") + "."
-        key = section + line.partition(" = ")[0]
+        key = section + line.removeprefix("# ").partition(" = ")[0]
         if " = " in line and key in origins:
-            note = f"{origins[key]}; {descriptions[key]}" if descriptions.get(key) else origins[key]
+            joint = ": " if line.startswith("# ") else "; "
+            note = joint.join(filter(None, (origins[key], " ".join(descriptions.get(key, "").split()))))
             line = f"{line:<32} # {note}"
         lines.append(line)
     return "\n".join(lines)

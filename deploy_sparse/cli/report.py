@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from shlex import quote
 
 from .output import emit
 
@@ -45,6 +47,9 @@ def execute(options: argparse.Namespace) -> int:
             )
         records = read_records(source)
         report = Report(options.title or source.stem, records, compare_all(records))
+        if (source.parent / "report.json").is_file():
+            whole = f"deploy-sparse report {quote(str(source.parent))}"
+            print(f"note: these are the records alone; the run's tables and curves come with: {whole}", file=sys.stderr)
     write_report_files(folder, report)
     value = summary_of(report, folder)
     emit(

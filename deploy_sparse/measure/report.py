@@ -51,7 +51,7 @@ def _markdown_parts(report: Report) -> Iterator[str]:
     yield "## Verdict"
     yield _bullets(sentence.text for sentence in contents.verdicts(report))
     own = (contents.main_table(report), contents.spread_table(report))
-    for table in (*own, *map(values_table, report.plots), *report.tables):
+    for table in (*own, *report.tables, *map(values_table, report.plots)):
         yield from _section(table)
     yield from _section(contents.untimed_table(report), empty="Every engine was timed.")
     yield "## What got slower"

@@ -79,9 +79,9 @@ class DynamicMasks(StaticMasks):
         self._weights: dict[str, nn.Parameter] = {}
         self._gradients: dict[str, torch.Tensor] = {}  # summed over the batches before an update
         self._pending = False  # an update waits for a finite gradient
+        self._heard = -1  # the step of the last gradient
         self._listened = 0  # steps with a dense gradient since the FLOPs were counted
-        self._spent, self._counted = TrainingFlops(), 0
-        self._taken = 0
+        self._spent, self._since = TrainingFlops(), 0  # and steps since then
 
     @torch.no_grad()
     def start_(self, model: nn.Module) -> None:
@@ -105,6 +105,7 @@ class DynamicMasks(StaticMasks):
     @torch.no_grad()
     def after_backward_(self, model: nn.Module, step: int) -> None:
         """Remember the dense gradient where an update is going to need it."""
+        self._heard = step
         if not (self._pending or self._listens(step + 1)):
             return
         self._listened += 1
@@ -120,18 +121,31 @@ class DynamicMasks(StaticMasks):
 
     @torch.no_grad()
     def after_step_(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Keep the masks, and move them where an update is due."""
+        """Keep the masks, and move them where an update is due.
+
+        Raises:
+            TicketError: a method that was not started, or that was not shown the gradient it needs.
+        """
+        self._refuse_idle("after_step_")
         super().after_step_(model, optimizer, step)
-        self._taken = step + 1
-        due, prunes = self._pending or self._due(self._taken), self._prunes(self._taken)
-        explores = due and (self.exploration.growth == "random" or bool(self._gradients))
+        taken = step + 1
+        self._since += 1
+        due, prunes = self._pending or self._due(taken), self._prunes(taken)
+        by_gradient = self.exploration.growth == "gradient"
+        if due and by_gradient and self._heard != step:
+            raise TicketError(
+                f"an update is due after step {step} and its gradient was not seen",
+                expected="after_backward_(model, step) between backward() and the optimizer's step, at every step",
+                fix="call it",
+            )
+        explores = due and (not by_gradient or bool(self._gradients))
         self._pending = due and not explores
         if explores or prunes:
             self._count_flops_()
             if prunes:
-                self._prune_(self._taken)
+                self._prune_(taken)
             if explores:
-                self._explore_(self._taken)
+                self._explore_(taken)
             self._refresh_()
             super().after_step_(model, optimizer, step)
 
@@ -157,7 +171,7 @@ class DynamicMasks(StaticMasks):
         }
         if self.macs is not None:
             now = self._flops()
-            spent = self._spent.after(self._taken - self._counted, now, self._listened)
+            spent = self._spent.after(self._since, now, self._listened)
             found["theoretical_flops"] = now.theoretical_share
             found["supported_flops"] = now.supported_share
             found["training_flops"] = spent.theoretical_share
@@ -165,19 +179,21 @@ class DynamicMasks(StaticMasks):
 
     def state(self) -> dict[str, torch.Tensor]:
         """Masks, what was explored, gradients of an update that is coming, and the FLOPs spent."""
-        numbers = [self._taken, self._counted, self._listened, self._pending]
-        counters = torch.tensor(numbers, dtype=torch.int64)
+        counters = torch.tensor([self._since, self._listened, self._pending], dtype=torch.int64)
         parts = {"mask": self.masks, "allowed": self._allowed, "explored": self._explored, "gradient": self._gradients}
         tensors = {f"{part}/{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
         return {**tensors, "counters": counters, "flops": self._spent.to_tensor()}
 
     @torch.no_grad()
     def restore_(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take up what :meth:`state` gave; called after :meth:`start_`.
+        """Take up what :meth:`state` gave.
+
+        First :meth:`start_`, then load weights and optimizer, then this: a start zeroes what the first masks mask.
 
         Raises:
-            TicketError: a state of another method or network.
+            TicketError: a state of another method or network, or a method that was not started.
         """
+        self._refuse_idle("restore_")
         expected = {name for name in self.state() if not name.startswith("gradient/")}
         if odd := sorted(expected ^ {name for name in state if not name.startswith("gradient/")}):
             raise TicketError(
@@ -193,10 +209,18 @@ class DynamicMasks(StaticMasks):
             for name, weight in self._weights.items()
             if f"gradient/{name}" in state
         }
-        self._taken, self._counted, self._listened, pending = state["counters"].tolist()
+        self._since, self._listened, pending = state["counters"].tolist()
         self._pending = bool(pending)
         self._spent = TrainingFlops.from_tensor(state["flops"])
         self._refresh_()
+
+    def _refuse_idle(self, call: str) -> None:
+        if not self._weights:
+            raise TicketError(
+                f"{call} of a method that was not started",
+                expected="start_(model) before the first step; then, to continue, weights, optimizer and restore_",
+                fix="call start_(model) first",
+            )
 
     def _due(self, taken: int) -> bool:
         return self.exploration.due(taken)
@@ -224,9 +248,14 @@ class DynamicMasks(StaticMasks):
         magnitudes = {name: self._weights[name].abs() for name in names}
         kept = keep_largest(magnitudes, alive, max(low, len(names)), spare_best=True)
         free = {name: self._allowed[name] & ~kept[name] for name in names}
+        scores = self._growth(free, taken)
+        for name in names:
+            if not bool(kept[name].any()):  # all its weights went with channels
+                kept |= keep_largest(scores, {name: free[name]}, 1)
+                free[name] &= ~kept[name]
         wanted = high - sum(int(mask.sum()) for mask in kept.values())
         if wanted > 0:
-            grown = keep_largest(self._growth(free, taken), free, wanted)
+            grown = keep_largest(scores, free, wanted)
             kept = {name: mask | grown[name] for name, mask in kept.items()}
         for name, mask in kept.items():
             self.masks[name].copy_(mask)
@@ -274,8 +303,8 @@ class DynamicMasks(StaticMasks):
     def _count_flops_(self) -> None:
         """Account for the steps since the masks moved last, before they move again."""
         if self.macs is not None:
-            self._spent = self._spent.after(self._taken - self._counted, self._flops(), self._listened)
-        self._counted, self._listened = self._taken, 0
+            self._spent = self._spent.after(self._since, self._flops(), self._listened)
+        self._since, self._listened = 0, 0
 
 
 def _extent(allowed: torch.Tensor) -> tuple[int, ...]:

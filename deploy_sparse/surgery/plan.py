@@ -26,6 +26,7 @@ from .parts import Cut, Fold, GroupPlan, Layer
 from .verify import Parity
 
 REMAKE = "deploy-sparse compact <ticket>"
+LISTED = 3  # partly filled layers that get a note each; more share one
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ class SurgeryPlan:
         """What a reader should know besides the table: cost, what stays and why, folds, partly filled weights."""
         before, after = self.cost_before, self.cost_after
         lines = [
-            f"parameters {before.parameters} -> {after.parameters} ({after.parameters / before.parameters:.1%})",
-            f"MACs of one sample {before.macs} -> {after.macs} ({after.macs / max(1, before.macs):.1%})",
+            f"parameters {before.parameters} → {after.parameters} ({after.parameters / before.parameters:.1%})",
+            f"MACs of one sample {before.macs} → {after.macs} ({after.macs / max(1, before.macs):.1%})",
         ]
         for group in self.groups:
             lines += [
@@ -120,8 +121,21 @@ class SurgeryPlan:
             f"{', which is new' if entry.created else ''}"
             for entry in self.folds
         ]
-        lines += [f"{name}: {share:.1%} of the weights left are unmasked" for name, share in self.partly_filled.items()]
-        return lines
+        return [*lines, *self._filling()]
+
+    def _filling(self) -> list[str]:
+        """The notes on partly filled weights: one each for a few layers, one for all of them otherwise."""
+        shares = self.partly_filled
+        left = {layer.name: math.prod(layer.compact) for layer in self.layers if layer.name in shares}
+        if len(left) <= LISTED:
+            return [f"{name}: {share:.1%} of the weights left are unmasked" for name, share in shares.items()]
+        together = sum(shares[name] * count for name, count in left.items()) / sum(left.values())
+        order = sorted(left, key=lambda name: shares[name])
+        least, most = (f"{name} ({shares[name]:.1%})" for name in (order[0], order[-1]))
+        return [
+            f"{len(left)} layers are partly filled: {together:.1%} of the weights left in them are unmasked, "
+            f"least in {least}, most in {most}"
+        ]
 
     def summary(self) -> dict[str, Any]:
         """What ``deploy-sparse show --json`` prints; JSON values only."""

@@ -87,7 +87,7 @@ class TicketTrainer:
 
         def make() -> DenseStage:
             initial = copy_state(self.factory())
-            fitted = self._fit("rounds/0", initial, 0, {}, method, rewind_epoch)
+            fitted = self._fit("rounds/0", initial, 0, {}, method, rewind_epoch, title="dense")
             assert fitted.early is not None
             early = self._ticket(fitted.early, {}, None, {})
             return DenseStage(
@@ -231,12 +231,15 @@ class TicketTrainer:
         memory: Mapping[str, torch.Tensor],
         method: Method,
         keep_epoch: int | None,
+        *,
+        title: str = "",
     ) -> Fitted:
+        """Train as the stage ``name``; the console calls it ``title``, where given."""
         network = self.factory()
         network.load_state_dict(dict(weights))
         wanted = self.runtime.config.tensorboard and world().main
         with (
-            self.run.console.task(name, self.fit.epochs) as progress,
+            self.run.console.task(title or name, self.fit.epochs) as progress,
             Board(self.run.folder / "tensorboard" / name, on=wanted) as board,
         ):
 

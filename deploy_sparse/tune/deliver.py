@@ -100,6 +100,7 @@ def deliver(
     title: str,
     tables: Sequence[Table] = (),
     plots: Sequence[LinePlot] = (),
+    explain: Callable[[SurgeryPlan], Sequence[Table]] = lambda plan: (),
     dense_is_trained: bool = True,
     command: str = "",
     poll: Poll = lambda: None,
@@ -115,6 +116,7 @@ def deliver(
             called with each engine that runs here, so the reported accuracy is that of the deployed file.
         tables: extra tables for the report.
         plots: extra plots for the report.
+        explain: more tables for the report, of the ticket's surgery.
         dense_is_trained: False where ``dense`` is the baseline for time only: its accuracy is not computed and stays
             unknown, and the report's conditions say so.
         command: shown in the report.
@@ -139,7 +141,7 @@ def deliver(
         plan, small = _surgery(ticket, factory, example_inputs, folder, multiple)
         networks["ticket"] = small, ticket.hash
         provenance += [f"Ticket {ticket.hash[:16]}", f"Compact network verified: {plan.parity}"]
-        extra.append(_layers(plan))
+        extra += [*explain(plan), _layers(plan)]
         say(f"surgery: verified equal, {plan.cost_after.macs / plan.cost_before.macs:.1%} of the MACs stay")
     poll()
     subjects = [

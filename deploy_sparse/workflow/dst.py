@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,10 +18,11 @@ from ..sparsify.imp import dense_masks, head_of
 from ..sparsify.method import Method
 from ..structure import density
 from ..surgery.cost import layer_macs
+from ..surgery.plan import SurgeryPlan
 from ..ticket import Ticket
 from ..train.distributed import world
 from ..train.tickets import RewindPoint
-from .dst_config import ChaseConfig, DstConfig, exploration_of
+from .dst_config import ChaseConfig, DstConfig, channel_schedule, exploration_of
 from .prepare import Work
 
 STAGE = "sparse"
@@ -87,16 +88,31 @@ def sparse_ticket(work: Work, config: DstConfig, method: DynamicMasks, start: Re
     return work.trainer.reestimated("reestimated", ticket, batches=None) if config.sparse.reestimate else ticket
 
 
-def report_parts(
-    work: Work, config: DstConfig, ticket: Ticket, pools: Sequence[ChannelPool] = ()
-) -> tuple[list[Table], tuple[LinePlot, ...]]:
-    """What the report says besides accuracy and time; nothing on the processes that write none."""
+@dataclass(frozen=True)
+class Explained:
+    """What a report says besides accuracy and time: curves, and tables once the surgery is known."""
+
+    plots: Sequence[LinePlot] = ()
+    explain: Callable[[SurgeryPlan], Sequence[Table]] = lambda plan: ()
+
+
+def explained(work: Work, config: DstConfig, ticket: Ticket, pools: Sequence[ChannelPool] = ()) -> Explained:
+    """The schedule, how much of the sparsity an engine can use, and curves; nothing where no report is written."""
     if not world().main:
-        return [], ()
-    return [usable_table(work, config, ticket, pools), layers_table(ticket)], history_plots(work)
+        return Explained()
+    return Explained(
+        plots=history_plots(work),
+        explain=lambda plan: [
+            usable_table(work, config, ticket, pools, plan),
+            schedule_table(work, config, ticket),
+            layers_table(ticket, plan),
+        ],
+    )
 
 
-def usable_table(work: Work, config: DstConfig, ticket: Ticket, pools: Sequence[ChannelPool]) -> Table:
+def usable_table(
+    work: Work, config: DstConfig, ticket: Ticket, pools: Sequence[ChannelPool], plan: SurgeryPlan
+) -> Table:
     """How much of the sparsity is in non-zero weights only, and how much an engine can use."""
     macs = macs_of(work)
     weights = {name: ticket.masks[name] for name in prunable(work, config)}
@@ -107,37 +123,67 @@ def usable_table(work: Work, config: DstConfig, ticket: Ticket, pools: Sequence[
         remove_(left, pool, removed)
         gone += int(removed.sum())
     found = replace(flops(macs, ticket.masks), supported=flops(macs, left).supported)
+    deployed = plan.cost_after.macs / plan.cost_before.macs
     room = density({name: left[name] for name in weights})
     history = [row for row in metrics_of(work) if row["epoch"] == ticket.provenance.metrics["best_epoch"]]
     rows = [
         ("weights that are not zero, of the masked layers", f"{density(weights):.1%}"),
-        ("weights left once removed channels are cut, of the masked layers", f"{room:.1%}"),
+        ("weights in channels that were not removed, of the masked layers", f"{room:.1%}"),
         *([("channels left, of those that may go", f"{size - gone} of {size}")] if size else []),
-        ("FLOPs of a forward pass, non-zero weights only (theoretical)", f"{found.theoretical_share:.1%}"),
-        ("FLOPs of a forward pass, removed channels only (what a dense engine runs)", f"{found.supported_share:.1%}"),
-        *(("FLOPs of the training up to this network, theoretical", f"{r['training_flops']:.1%}") for r in history),
+        ("FLOPs of non-zero weights only (theoretical)", f"{found.theoretical_share:.1%}"),
+        ("FLOPs once removed channels are cut (supported by a GPU)", f"{found.supported_share:.1%}"),
+        ("FLOPs of the compact network as it is deployed", f"{deployed:.1%}"),
+        *(("theoretical FLOPs of the training, of a dense one as long", f"{r['training_flops']:.1%}") for r in history),
     ]
-    unused = found.supported_share - found.theoretical_share
     note = (
-        "Of convolutions and Linear layers. An engine that runs dense layers uses the removed channels alone; "
-        f"{unused:.1%} of the dense network's FLOPs are spent on single weights that are zero. "
-        "Surgery may find more to cut (channels that died by themselves) or less (widths rounded up for the target)."
+        f"FLOPs of a forward pass, of the dense network's. An engine runs the compact network densely: "
+        f"{deployed - found.theoretical_share:.1%} of the dense network's FLOPs are spent on single weights that are "
+        "zero. Deployed, widths are rounded up for the target, and channels that died by themselves may be cut too."
     )
-    return Table("Sparsity, of the dense network", ("what", "share"), tuple(rows), note)
+    return Table("Sparsity an engine can use", ("what", "value"), tuple(rows), note)
 
 
-def layers_table(ticket: Ticket) -> Table:
-    """By layer: rows and input channels that hold a weight, and how full these are."""
+def schedule_table(work: Work, config: DstConfig, ticket: Ticket) -> Table:
+    """What the settings and presets came to, in steps, and which network was kept."""
+    epoch, metrics = steps_of_epoch(work), ticket.provenance.metrics
+    moves = exploration_of(config, epoch)
+    share = f"{moves.fraction:.0%} of the weights" + f" at first, {moves.final_fraction:.1%} at last" * (
+        moves.decay == "cosine"
+    )
+    grows = f"{'all layers as one pool' if moves.scope == 'global' else 'layer by layer'}, growth by {moves.growth}"
+    rows = [
+        ("training", f"{config.fit.epochs} epochs of {epoch} steps"),
+        ("updates", f"every {moves.interval} steps until step {moves.stop}; {grows}"),
+        ("an update moves", share),
+    ]
+    if moves.soft is not None:
+        surplus = f"{moves.soft.surplus:.1%} of all weights more at first"
+        rows.append(("soft bound", f"{surplus}, falling, none from step {moves.soft.until}; so long it moves these"))
+    if isinstance(config, ChaseConfig) and config.channels.sparsity > 0:
+        events = channel_schedule(config, epoch).events()
+        rows.append(
+            ("channels go", f"at {len(events)} steps from {events[0]} to {events[-1]}, by {config.channels.criterion}")
+        )
+    best, accuracy = int(metrics["best_epoch"]) + 1, metrics["validation_accuracy"]
+    rows.append(("network kept", f"of epoch {best}, with {accuracy:.2%} on validation"))
+    if config.sparse.reestimate:
+        rows.append(("BatchNorm", "statistics re-estimated over the training split after the training"))
+    return Table("Schedule", ("what", "value"), tuple(rows))
+
+
+def layers_table(ticket: Ticket, plan: SurgeryPlan) -> Table:
+    """By layer: rows and input channels that hold a weight, what is deployed of them, and how full that is."""
     rows = []
+    compact = {layer.name: layer.compact for layer in plan.layers}
     for name, mask in ticket.masks.items():
         if mask.dim() > 1:
             cells = mask.reshape(*mask.shape[:2], -1).any(dim=2)  # [c_out, c_in]
             outputs, inputs = int(cells.any(dim=1).sum()), int(cells.any(dim=0).sum())
-            filled = int(mask.sum()) / max(1, outputs * inputs * mask[0, 0].numel())
             used = (f"{outputs} of {mask.shape[0]}", f"{inputs} of {mask.shape[1]}")
-            rows.append((name, *used, f"{mask.float().mean():.1%}", f"{filled:.1%}"))
-    columns = ("layer", "output channels used", "input channels used", "density", "density in used channels")
-    return Table("Layers", columns, tuple(rows), "A channel is used while a weight of it is not masked.")
+            small, filled = "×".join(map(str, compact[name][:2])), plan.partly_filled.get(name, 1.0)
+            rows.append((name, *used, small, f"{mask.float().mean():.1%}", f"{filled:.1%}"))
+    columns = ("layer", "outputs with a weight", "inputs with a weight", "deployed", "density", "density deployed")
+    return Table("Layers", columns, tuple(rows), "Deployed: output times input channels of the compact network.")
 
 
 def metrics_of(work: Work) -> list[dict[str, float]]:
@@ -157,13 +203,12 @@ def history_plots(work: Work) -> tuple[LinePlot, ...]:
             (
                 _series("sparser than the layer", rows, "sparser_channels"),
                 _series("less than half as dense (amenable)", rows, "amenable_channels"),
-                *([_series("left, of those that may go", rows, "channels_left")] if "channels_left" in rows[0] else []),
             ),
             "Of the channels that are there. At random about half are sparser than their layer, and hardly one is less "
             "than half as dense.",
         ),
         LinePlot(
-            "Weights and FLOPs",
+            "Weights, channels and FLOPs",
             "epoch",
             "share of the dense network",
             (
@@ -171,6 +216,11 @@ def history_plots(work: Work) -> tuple[LinePlot, ...]:
                 _series("weights ever used", rows, "explored"),
                 _series("FLOPs, non-zero weights", rows, "theoretical_flops"),
                 _series("FLOPs, removed channels", rows, "supported_flops"),
+                *(
+                    [_series("channels, of those that may go", rows, "channels_left")]
+                    if "channels_left" in rows[0]
+                    else []
+                ),
             ),
             "Of one forward pass; weights ever used are those that were unmasked at any time.",
         ),

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
+from torch import nn
 
 from .. import data, zoo
 from ..config import Config
 from ..errors import ConfigError
-from ..sparsify.channel_schedule import ChannelSchedule
-from ..sparsify.coupling import Coupling
+from ..sparsify.channel_schedule import ChannelSchedule, floors
+from ..sparsify.coupling import Coupling, channel_pools
 from ..sparsify.dst import Spread
 from ..sparsify.exploration import PRESETS, Decay, Exploration, Growth, Scope, SoftBound
-from ..sparsify.imp import dense_masks
+from ..sparsify.imp import dense_masks, head_of
+from ..structure import ChannelGroup
+from ..surgery.graph import channel_groups
 from .config import StudyConfig, check_study
 
 Preset = Literal["set", "rigl", "set-itop", "rigl-itop", "mest", "chase"]
@@ -116,18 +122,42 @@ def check_dst(config: DstConfig) -> None:
     if not explored.moves(total):
         raise ConfigError(
             f"explore.interval = {explored.interval} in a training of {total} steps"
-            + f", of which {explored.stop} explore" * (explored.stop < total),
+            + f" that stop to move weights after step {explored.stop}" * (explored.stop < total),
             expected="at least one update by which weights grow",
-            fix=f"choose a shorter --explore.interval, for example {max(1, min(explored.stop, total) // 20)}",
+            fix="train longer, or raise --explore.stop"
+            if min(explored.stop, total) < 20
+            else f"choose a shorter --explore.interval, for example {min(explored.stop, total) // 20}, "
+            "or a config made for this network and data (deploy-sparse ls)",
         )
     if isinstance(config, ChaseConfig) and config.channels.sparsity > 0:
-        events = channel_schedule(config, epoch).events()
-        if len(events) < 2:
-            raise ConfigError(
-                f"channels.interval = {config.channels.interval} with all channels gone by step {max(events)}",
-                expected="more than one removal, since channels go step by step",
-                fix=f"choose --channels.interval {max(1, max(events) // 20)}, or train longer",
-            )
+        _check_channels(config, network, images.image_shape, epoch)
+
+
+def _check_channels(config: ChaseConfig, network: nn.Module, image_shape: tuple[int, ...], epoch: int) -> None:
+    channels = config.channels
+    events = channel_schedule(config, epoch).events()
+    if len(events) < 2:
+        last = max(events)
+        raise ConfigError(
+            f"channels.interval = {channels.interval} with all channels gone by step {last}",
+            expected="more than one removal, since channels go step by step",
+            fix="raise --channels.until, or train longer"
+            if last < 20
+            else f"choose a shorter --channels.interval, for example {last // 20}",
+        )
+    prunable = dense_masks(network, exclude=config.sparse.exclude, head=True)
+    groups = _traced(config.model.name, json.dumps(config.model.arguments, sort_keys=True), image_shape)
+    pools = channel_pools(prunable, groups, channels.coupling, head=head_of(network))
+    if not pools:
+        raise ConfigError(
+            f"no channels of {config.model.name!r} may go with channels.coupling = {channels.coupling!r}"
+            + f" and sparse.exclude = {list(config.sparse.exclude)}" * bool(config.sparse.exclude),
+            expected="layers whose channels only layers with masks write and read",
+            fix=("exclude fewer layers, " if config.sparse.exclude else "")
+            + ("choose --channels.coupling prune_skip, " if channels.coupling == "internal" else "")
+            + "or choose --channels.sparsity 0",
+        )
+    floors([pool.size for pool in pools], channels.sparsity, channels.floor)
 
 
 def exploration_of(config: DstConfig, epoch: int) -> Exploration:
@@ -140,6 +170,13 @@ def exploration_of(config: DstConfig, epoch: int) -> Exploration:
         ConfigError: values that exclude each other.
     """
     given, total = config.explore, epoch * config.fit.epochs
+    try:
+        return _explored(given, epoch, total)
+    except ConfigError as problem:
+        raise ConfigError(f"[explore]: {problem.given}", expected=problem.expected, fix=problem.fix) from None
+
+
+def _explored(given: ExploreConfig, epoch: int, total: int) -> Exploration:
     found = PRESETS[given.preset](epoch, total)
     plain = ("interval", "growth", "scope", "fraction", "final_fraction", "decay")
     changed: dict[str, Any] = {key: getattr(given, key) for key in plain if getattr(given, key) is not None}
@@ -173,3 +210,10 @@ def channel_schedule(config: ChaseConfig, epoch: int) -> ChannelSchedule:
     until = max(1, round(config.channels.until * config.fit.epochs * epoch))
     offset = exploration_of(config, epoch).interval // 2
     return ChannelSchedule(config.channels.sparsity, config.channels.interval, offset, until)
+
+
+@lru_cache(maxsize=4)
+def _traced(name: str, arguments: str, image_shape: tuple[int, ...]) -> tuple[ChannelGroup, ...]:
+    with torch.random.fork_rng(devices=[]):
+        network = zoo.build(name, **json.loads(arguments))
+    return channel_groups(network, (torch.zeros(2, *image_shape),))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..measure.line_plot import LinePlot
 from ..measure.table import Table
 from ..structure import density, row_density
+from ..surgery.plan import SurgeryPlan
 from ..ticket import Ticket
 from ..train.distributed import world
 from ..train.evaluate import accuracy
@@ -37,12 +38,15 @@ def deploy(
     title: str,
     tables: Sequence[Table],
     plots: Sequence[LinePlot] = (),
+    explain: Callable[[SurgeryPlan], Sequence[Table]] = lambda plan: (),
 ) -> Mapping[str, Any]:
     """Everything after training; only the main process of a distributed run does it.
 
     Args:
         dense: the baseline; one without a validation accuracy is untrained, and timed only.
         ticket: the chosen ticket; without one the dense network is deployed alone.
+        tables, plots: what the report shows besides.
+        explain: more tables, of the ticket's surgery.
 
     Returns:
         the results as JSON values, empty on the other processes.
@@ -62,6 +66,7 @@ def deploy(
         title=f"{work.config.model.name} on {work.config.data.name}: {title}",
         tables=tables,
         plots=plots,
+        explain=explain,
         dense_is_trained="validation_accuracy" in dense.provenance.metrics,
         command=work.run.origin,
         poll=work.run.poll,

@@ -115,15 +115,16 @@ def script(name):
 
 def test_the_pages_numbers_are_the_records():
     keep = script("keep")
-    readme, reproduction = (page.read_text() for page in keep.PAGES)
+    readme, *pages = (page.read_text() for page in keep.PAGES)
     assert keep.RECORD.findall(readme)
-    assert keep.RESULTS.findall(reproduction)
-    for text in (readme, reproduction):
+    assert {page.name for page in keep.PAGES} >= {"README.md", "reproduction.md", "chase.md"}
+    assert all(keep.RESULTS.findall(text) for text in pages)
+    for text in (readme, *pages):
         assert keep.with_tables(text) == text
 
 
 RESULTS = sorted((ROOT / "benchmarks/records").rglob("results.jsonl"))
-SCRIPTS = {"densities": "densities", "tickets-resnet_synthetic": "tickets", "mask-cost": "mask_cost", "regroup-quality": "regroup_quality"}  # fmt: skip
+SCRIPTS = {"densities": "densities", "tickets-resnet_synthetic": "tickets", "mask-cost": "mask_cost", "regroup-quality": "regroup_quality", "chase-quality-resnet_synthetic": "chase_quality", "dst-cost": "dst_cost"}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: str(p.parent.relative_to(ROOT)))

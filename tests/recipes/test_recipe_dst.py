@@ -1,6 +1,7 @@
 """Chase, RigL and SET, small, end to end: what their tickets are, what reports say, and the same ticket after any stop."""
 
 import json
+import re
 import signal
 
 import pytest
@@ -71,19 +72,36 @@ def test_chases_compact_network_is_smaller_and_equal(whole):
 
 def test_chases_report_says_how_much_of_the_sparsity_an_engine_can_use(whole):
     folder, _ = whole
-    rows, ticket = metrics(folder), Ticket.load(folder / "ticket")
+    rows, ticket, plan = metrics(folder), Ticket.load(folder / "ticket"), SurgeryPlan.load(folder / "compact")
     kept = rows[int(ticket.provenance.metrics["best_epoch"])]
     report = (folder / "report.md").read_text()
-    table = report[report.index("## Sparsity, of the dense network") :]
+    table = report[report.index("## Sparsity an engine can use") :]
+    deployed = plan.cost_after.macs / plan.cost_before.macs
     assert f"| weights that are not zero, of the masked layers | {kept['density']:.1%} |" in table
-    assert f"removed channels only (what a dense engine runs) | {kept['supported_flops']:.1%} |" in table
-    assert f"non-zero weights only (theoretical) | {kept['theoretical_flops']:.1%} |" in table
-    assert f"FLOPs of the training up to this network, theoretical | {kept['training_flops']:.1%} |" in table
+    assert f"| FLOPs of non-zero weights only (theoretical) | {kept['theoretical_flops']:.1%} |" in table
+    assert f"| FLOPs once removed channels are cut (supported by a GPU) | {kept['supported_flops']:.1%} |" in table
+    assert f"| FLOPs of the compact network as it is deployed | {deployed:.1%} |" in table
+    assert f"| theoretical FLOPs of the training, of a dense one as long | {kept['training_flops']:.1%} |" in table
     assert kept["theoretical_flops"] < kept["supported_flops"] < 1
-    assert "## Channels sparser than their layer" in report
+    for layer in plan.layers:
+        assert f"| {layer.name} |" in table
+        assert f"| {layer.compact[0]}×{layer.compact[1]} |" in table
+
+
+def test_chases_report_says_what_the_presets_came_to_and_what_was_kept(whole):
+    folder, _ = whole
+    report = (folder / "report.md").read_text()
+    table = report[report.index("## Schedule") :].split("## ")[1]
+    metric = Ticket.load(folder / "ticket").provenance.metrics
+    assert "| updates | every 4 steps until step 108; all layers as one pool, growth by gradient |" in table
+    assert "none from step 86" in table
+    assert re.search(r"channels go \| at \d+ steps from 2 to 86, by umm", table)
+    assert f"of epoch {metric['best_epoch'] + 1:.0f}, with {metric['validation_accuracy']:.2%} on validation" in table
+    assert "re-estimated" not in table
+    assert report.index("## Sparsity an engine can use") < report.index("## Channels sparser than their layer")
     page = (folder / "report.html").read_text()
     assert "less than half as dense (amenable)" in page
-    assert "Weights and FLOPs" in page
+    assert "Weights, channels and FLOPs" in page
 
 
 def test_chases_metrics_follow_its_schedule(whole):
@@ -128,7 +146,7 @@ def test_without_channel_removal_an_engine_gains_nothing_and_the_report_says_so(
     assert density(ticket.masks) == pytest.approx(0.1, abs=1e-3)
     assert all(mask.dim() > 1 for mask in ticket.masks.values())
     report = (tmp_path / "run/report.md").read_text()
-    assert "removed channels only (what a dense engine runs) | 100.0% |" in report
+    assert "FLOPs once removed channels are cut (supported by a GPU) | 100.0% |" in report
     rows = metrics(tmp_path / "run")
     assert {row["supported_flops"] for row in rows} == {1.0}
     assert not (tmp_path / "run/rounds").exists()  # the baseline was not trained
@@ -144,6 +162,7 @@ def test_reestimated_norms_change_the_ticket_and_not_its_masks(whole, tmp_path, 
     changed = {name for name, tensor in before.weights.items() if not torch.equal(tensor, after.weights[name])}
     assert changed
     assert all("running_" in name or "num_batches" in name for name in changed)
+    assert "| BatchNorm | statistics re-estimated" in (tmp_path / "run/report.md").read_text()
 
 
 def test_adamw_trains_a_chase_ticket(tmp_path, capsys):

@@ -33,6 +33,20 @@ class Whole(Config):
     fit: Fit = Fit()
 
 
+class Late(Config):
+    sparsity: float | None = Field(None, description="share that goes")
+    until: float = 0.8
+
+
+class Tabled(Whole):
+    channels: Late = Late()
+    arguments: dict[str, Any] = Field({})
+
+
+class Listed(Config):
+    parts: tuple[Late, ...] = ()
+
+
 class Many(Config):
     tile: Literal[16, 32] = 32
     kind: Literal["16", "auto"] | None = None
@@ -148,6 +162,46 @@ def test_bad_values_name_the_key_and_what_it_accepts(layer, message):
         config_from(Whole, layer, source="f.toml")
 
 
+TOP = "one of seed, names, arguments, or a key of fit, channels"
+FIT, CHANNELS = "one of fit.epochs, fit.rate", "one of channels.sparsity, channels.until"
+
+
+@pytest.mark.parametrize(
+    ("key", "expected", "meant"),
+    [
+        ("channel.sparsity", CHANNELS, "channels.sparsity"),
+        ("chanels.sparsty", CHANNELS, "channels.sparsity"),
+        ("sparsity", CHANNELS, "channels.sparsity"),
+        ("channel.wholly_unlike", CHANNELS, "channels"),
+        ("channnels", CHANNELS, "channels"),
+        ("fit.sparsity", CHANNELS, "channels.sparsity"),
+        ("fit.epoch", FIT, "fit.epochs"),
+        ("epochs", FIT, "fit.epochs"),
+        ("fit.wholly_unlike", FIT, None),
+        ("fit.seed", TOP, "seed"),
+        ("argument.classes", TOP, "arguments"),
+        ("wholly_unlike", TOP, None),
+        ("wholly.unlike.this", TOP, None),
+    ],
+)
+def test_an_unknown_key_is_named_in_full_with_the_nearest_one_and_its_table(key, expected, meant):
+    with pytest.raises(ConfigError) as problem:
+        config_from(Tabled, parse_overrides([f"--{key}", "3"]), source="the command line")
+    hint = f"did you mean '{meant}'? " if meant else ""
+    assert (problem.value.given, problem.value.expected, problem.value.fix) == (
+        f"unknown key '{key}' in the command line",
+        expected,
+        f"{hint}mend the key",
+    )
+
+
+def test_an_unknown_table_without_keys_and_an_unknown_key_in_a_list_are_refused():
+    with pytest.raises(ConfigError, match=r"unknown key 'channel' in[\s\S]*did you mean 'channels'\?"):
+        config_from(Tabled, {"channel": {}})
+    with pytest.raises(ConfigError, match=r"unknown key 'parts.0.untl' in[\s\S]*did you mean 'parts.until'\?"):
+        config_from(Listed, {"parts": [{"untl": 0.5}]})
+
+
 def test_a_missing_value_and_a_stray_word_are_refused():
     with pytest.raises(ConfigError, match=r"--seed has no value[\s\S]*--seed VALUE"):
         parse_overrides(["--seed"])
@@ -183,6 +237,14 @@ _names = st.text("abc_", min_size=1, max_size=4)
 @given(st.dictionaries(_names, _values | st.dictionaries(_names, _values | st.dictionaries(_names, _values))))
 def test_toml_text_round_trips(values):
     assert tomllib.loads(toml_text(values)) == values
+
+
+def test_toml_text_writes_what_is_not_set_as_comments_when_asked():
+    values = {"a": None, "b": 1, "c": {"d": None, "e": {"f": 2, "g": None}}}
+    text = toml_text(values, unset=True)
+    assert text.split("\n") == ["# a = …", "b = 1", "", "[c]", "# d = …", "", "[c.e]", "f = 2", "# g = …", ""]
+    assert tomllib.loads(text) == tomllib.loads(toml_text(values)) == {"b": 1, "c": {"e": {"f": 2}}}
+    assert "…" not in toml_text(values)
 
 
 def test_differences_list_every_changed_key():

@@ -123,6 +123,38 @@ def test_settings_are_taken():
     )
 
 
+def test_a_training_continues_exactly_when_weights_are_loaded_after_the_start():
+    def made():
+        torch.manual_seed(1)
+        model = network()
+        method = deploy_sparse.dynamic_sparsity(model, EXAMPLE, steps=STEPS, density=0.15, channels=0.5, interval=4)
+        method.start_(model)
+        return model, method, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def steps(model, method, optimizer, some):
+        for step in some:
+            generator = torch.Generator().manual_seed(step)
+            images, labels = torch.randn(8, 3, 8, 8, generator=generator), torch.arange(8)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            method.after_backward_(model, step)
+            optimizer.step()
+            method.after_step_(model, optimizer, step)
+
+    whole = made()
+    steps(*whole, range(STEPS))
+    first = made()
+    steps(*first, range(13))
+    second = made()
+    second[0].load_state_dict(first[0].state_dict())
+    second[2].load_state_dict(first[2].state_dict())
+    second[1].restore_(first[1].state())
+    steps(*second, range(13, STEPS))
+    assert all(torch.equal(tensor, whole[0].state_dict()[name]) for name, tensor in second[0].state_dict().items())
+    assert not first[1].ready(12)
+    assert second[1].ready(STEPS - 1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -130,7 +162,13 @@ def test_settings_are_taken():
         ({"exploration": "rigl-itop"}, "updates every 4000 steps until step 30, in a training of 30"),
         ({"interval": 30}, "updates every 30 steps until step 30, in a training of 30"),
         ({"exploration": "mest"}, "updates every 1000 steps until step 24"),  # the end of its soft bound is no growth
-        ({"steps": 1, "interval": 4}, "a training of 1 steps"),
+        ({"steps": 1, "interval": 4}, "steps 1"),
+        ({"steps": "30"}, "steps '30'"),
+        ({"steps": 30.5}, "steps 30.5"),
+        ({"interval": 0}, "interval 0"),
+        ({"epoch": -1, "exploration": "set"}, "epoch -1"),
+        ({"exploration": 3}, "unknown exploration 3"),
+        ({"distribution": "global", "interval": 4}, "distribution 'global'"),
         ({"until": 1.5, "interval": 4, "channels": 0.5}, "until 1.5"),
         ({"until": 0.0, "interval": 4, "channels": 0.5}, "until 0.0"),
         ({"until": 0.03, "interval": 4, "channels": 0.5}, "more than one removal"),

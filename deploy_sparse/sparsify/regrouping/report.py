@@ -135,7 +135,7 @@ def _row(layer: LayerReport, shape: str, outcome: str) -> tuple[str, ...]:
         shape,
         outcome,
         str(layer.blocks),
-        f"{layer.density_before:.1%} -> {layer.density_after:.1%}",
+        f"{layer.density_before:.1%} → {layer.density_after:.1%}",
         *in_blocks,
         f"{layer.retained_magnitude:.1%}",
         layer.reason,

@@ -87,6 +87,25 @@ def test_cat_tells_origins_and_is_toml(capsys):
     assert rows["fit.epochs"] == {"value": 7, "origin": "command line"}
 
 
+def test_cat_writes_what_is_not_set_as_comments_and_its_output_runs_unchanged(capsys, tmp_path):
+    from deploy_sparse.cli.catalog import find_recipe, load_config, load_recipe, recipes
+    from deploy_sparse.config import keys_of
+
+    lines = run(capsys, "cat", "chase")[1].splitlines()
+    explore = lines[lines.index("[explore]") : lines.index("[channels]")]
+    assert "# interval = …                   # not set: optimizer steps between updates" in explore
+    for name in recipes():
+        module = load_recipe(find_recipe(name))
+        plain = module.RecipeConfig()
+        text = run(capsys, "cat", name)[1]
+        unset = [key.split(".")[-1] for key, (_, value, _) in keys_of(module.RecipeConfig).items() if value is None]
+        assert [line[2:].split(" = ")[0] for line in text.splitlines() if line.startswith("# ")] == unset
+        (tmp_path / "again.toml").write_text(text)
+        assert load_config(module, tmp_path / "again.toml", [])[0] == plain
+    given = run(capsys, "cat", "chase", "--explore.interval", "7")[1]
+    assert "interval = 7                     # command line; optimizer steps between updates" in given.splitlines()
+
+
 def test_every_shipped_config_parses(capsys):
     configs = sorted((ROOT / "recipes/configs").rglob("*.toml"))
     assert configs
@@ -135,7 +154,11 @@ def test_a_run_keeps_its_own_report(capsys, small_run, tmp_path):
     code, _, err = run(capsys, "report", str(folder / "records.jsonl"))
     assert code == 2
     assert "holds a run with a report of its own" in err
-    assert run(capsys, "report", str(folder / "records.jsonl"), "--out", str(tmp_path / "elsewhere"))[0] == 0
+    code, out, err = run(
+        capsys, "report", str(folder / "records.jsonl"), "--out", str(tmp_path / "elsewhere"), "--json"
+    )
+    assert (code, set(json.loads(out))) == (0, {*json.loads(run(capsys, "report", str(folder), "--json")[1])})
+    assert f"the run's tables and curves come with: deploy-sparse report {folder}\n" in err
     assert (folder / "report.json").read_bytes() == before
     (folder / "report.json").write_bytes(before.replace(b"Rounds", b"Sounds"))
     code, _, err = run(capsys, "report", str(folder))
@@ -302,8 +325,8 @@ def test_ticket_to_compact_to_engine_to_profile_to_report(capsys, tmp_path, tick
     assert "small" in out
     assert len(records.read_text().splitlines()) == 4
     assert run(capsys, "show", str(records))[0] == 0
-    code, out, _ = run(capsys, "report", str(records), "--out", str(tmp_path / "report"), "--title", "Two networks")
-    assert code == 0
+    code, _, err = run(capsys, "report", str(records), "--out", str(tmp_path / "report"), "--title", "Two networks")
+    assert (code, err) == (0, "")  # no run, whose own report would say more
     assert "Two networks" in (tmp_path / "report" / "report.html").read_text()
     code, _, err = run(capsys, "profile", f"dense={engines[0]}", "--batch", "100000")
     assert code == 2

@@ -98,18 +98,18 @@ def test_sections_stand_in_order(report):
     assert Page(render_html(report)).headings == [report.title, *SECTIONS[:2], *PLOTS, *SECTIONS[2:]]
 
 
-def test_plots_stand_before_the_extra_tables_and_without_any_nothing_changes(report):
+def test_plots_stand_after_the_extra_tables_and_without_any_nothing_changes(report):
     curves = LinePlot("Density", "epoch", "share", (Series("weights", ((1, 1.0), (2, 0.5))),), "A note.")
     text, source = render_markdown(report), render_html(report)
     drawn = replace(report, plots=(curves,))
     page = Page(render_html(drawn))
-    place = SECTIONS.index("IMP rounds")
+    place = SECTIONS.index("IMP rounds") + 1
     assert page.headings == [report.title, *SECTIONS[:2], *PLOTS, *SECTIONS[2:place], "Curves", *SECTIONS[place:]]
     assert "A note." in page.text
     table = (
         "## Density\n\n| epoch | weights |\n| ---: | ---: |\n| 1 | 1.000 |\n| 2 | 0.5000 |\n\nShown: share. A note.\n\n"
     )
-    assert render_markdown(drawn) == text.replace("## IMP rounds", f"{table}## IMP rounds")
+    assert render_markdown(drawn) == text.replace(f"## {SECTIONS[place]}", f"{table}## {SECTIONS[place]}")
     assert "Curves" not in source
     added = re.sub(r"<section>\n<h2>Curves.*?</section>\n", "", render_html(drawn), flags=re.DOTALL)
     assert re.sub(r":root \{ --l0.*?\.d4[^\n]*\n", "", added, flags=re.DOTALL) == source

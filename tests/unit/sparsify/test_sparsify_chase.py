@@ -181,6 +181,12 @@ def test_layer_by_layer_the_budget_is_spread_over_what_is_left(groups):
     assert training.alive() == training.method.budget
 
 
+def test_a_layer_whose_weights_all_went_with_channels_gets_new_ones(groups):
+    training = Training(groups, density=0.004, floor=0.0).steps(TOTAL)
+    assert all(bool(training.method.masks[name].any()) for name in training.method.names)
+    assert training.alive() == training.method.budget
+
+
 def test_where_less_is_left_than_the_budget_all_of_it_is_used(groups):
     training = Training(groups, density=0.9).steps(TOTAL)
     removed = {name: torch.ones_like(mask) for name, mask in training.method.masks.items()}

@@ -347,6 +347,17 @@ def test_a_method_trains_once():
         training.method.start_(training.model)
 
 
+def test_calls_that_are_forgotten_are_named():
+    own, model = method(), network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for call in (lambda: own.after_step_(model, optimizer, 0), lambda: own.restore_({})):
+        with pytest.raises(TicketError, match="a method that was not started"):
+            call()
+    own.start_(model)
+    with pytest.raises(TicketError, match="due after step 3 and its gradient was not seen"):
+        own.after_step_(model, optimizer, 3)
+
+
 def test_before_the_start_figures_are_those_of_the_first_masks():
     own = method(0.3)
     assert own.figures()["density"] == pytest.approx(own.budget / own.total, abs=1e-6)

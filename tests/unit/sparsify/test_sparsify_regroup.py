@@ -321,10 +321,10 @@ def test_the_table_has_a_row_for_every_layer_and_one_for_all():
     assert titles == ("layer", "shape", "outcome", "blocks", "density", "in blocks", "fill", "magnitude", "why")
     conv = found.layers[0]
     assert rows[0] == (
-        "conv.weight", "64×16×3×3", "blocks", "2", f"30.0% -> {conv.density_after:.1%}", f"{conv.in_block_share:.1%}",
+        "conv.weight", "64×16×3×3", "blocks", "2", f"30.0% → {conv.density_after:.1%}", f"{conv.in_block_share:.1%}",
         f"{conv.fill_rate:.1%}", f"{conv.retained_magnitude:.1%}", "",
     )  # fmt: skip
-    assert rows[1][2:8] == ("dense", "0", "50.0% -> 100.0%", "-", "-", "100.0%")
+    assert rows[1][2:8] == ("dense", "0", "50.0% → 100.0%", "-", "-", "100.0%")
     assert (rows[2][0], rows[2][2], rows[2][3]) == ("all", "1 blocks, 1 dense", "2")
     total = found.total
     assert total.in_block_share == pytest.approx(conv.inside / (conv.before + 36))

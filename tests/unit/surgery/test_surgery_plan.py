@@ -116,6 +116,49 @@ def test_partly_filled_rows_are_reported_with_the_density_left(dense):
     assert "fc.weight: 90.0% of the weights left are unmasked" in plan.notes()
 
 
+def test_notes_list_three_partly_filled_layers_and_sum_up_more(dense):
+    names = [name for name, p in dense.named_parameters() if p.dim() > 1]
+    sizes = dict(dense.named_parameters())
+    masks = {name: torch.ones_like(sizes[name], dtype=torch.bool) for name in names[:4]}
+    for number, mask in enumerate(masks.values(), 1):
+        mask.view(-1)[:number] = False
+
+    def filling(count):
+        some = {name: masks[name] for name in names[:count]}
+        return [note for note in plan_from_ticket(ticket(dense, some), dense, X).notes() if "unmasked" in note]
+
+    assert [note.split(":")[0] for note in filling(3)] == names[:3]
+    total, share = sum(mask.numel() for mask in masks.values()), {n: m.float().mean() for n, m in masks.items()}
+    order = sorted(share, key=share.get)
+    assert filling(4) == [
+        f"4 layers are partly filled: {1 - 10 / total:.1%} of the weights left in them are unmasked, "
+        f"least in {order[0]} ({share[order[0]]:.1%}), most in {order[3]} ({share[order[3]]:.1%})"
+    ]
+
+
+def test_the_density_of_partly_filled_layers_counts_the_weights_that_surgery_left():
+    net = randomised(torch.nn.Sequential(*(torch.nn.Conv2d(a, b, 1) for a, b in ((3, 4), (4, 8), (8, 2), (2, 2)))))
+    x = torch.zeros(1, 3, 4, 4)
+    masks = silent_masks(net, channel_groups(net, x), lambda group: [2, 3] if group.size == 4 else [])
+    masks = {**{n: torch.ones_like(p, dtype=torch.bool) for n, p in net.named_parameters() if p.dim() > 1}, **masks}
+    for name in ("0.weight", "1.weight", "2.weight", "3.weight"):
+        masks[name][0, 0] = False
+    masks["1.weight"][1, 0] = False
+    plan = plan_from_ticket(ticket(net, masks), net, x)
+    assert [layer.compact[:2] for layer in plan.layers] == [(2, 3), (8, 2), (2, 8), (2, 2)]
+    (note,) = [note for note in plan.notes() if "unmasked" in note]
+    assert note == (
+        f"4 layers are partly filled: {1 - 5 / (6 + 16 + 16 + 4):.1%} of the weights left in them are unmasked, "
+        "least in 3.weight (75.0%), most in 2.weight (93.8%)"
+    )
+
+
+def test_notes_write_before_and_after_with_an_arrow(dense, silent):
+    plan = plan_from_ticket(silent, dense, X)
+    assert f"parameters {plan.cost_before.parameters} → {plan.cost_after.parameters} (" in plan.notes()[0]
+    assert f"MACs of one sample {plan.cost_before.macs} → {plan.cost_after.macs} (" in plan.notes()[1]
+
+
 def test_tables_and_summary_speak_of_every_weight(dense, silent):
     plan = plan_from_ticket(silent, dense, X)
     columns, rows = plan.layer_table()

@@ -64,6 +64,17 @@ def test_the_dense_stage_leaves_its_start_its_rewind_point_and_its_ends(stage):
     assert same(found.memory, dense.rewind.memory)
 
 
+def test_the_console_calls_the_dense_training_dense(tmp_path):
+    said = io.StringIO()
+    with open_run(tmp_path / "run", "toy", {}, resume=False, command="again", console=Console(said)) as run:
+        dense = trainer(run).dense(Method(), DENSE, rewind_epoch=1)
+        trainer(run).train("rounds/1", dense.rewind, Method(), DENSE, keep="last")
+        rows = [json.loads(line)["training"] for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert {line.split(": ")[0] for line in said.getvalue().splitlines()} == {"dense", "rounds/1"}
+    assert rows == ["rounds/0"] * 3 + ["rounds/1"] * 2
+    assert (tmp_path / "run" / "rounds" / "0").is_dir()
+
+
 def test_training_on_from_the_rewind_point_is_the_dense_training_itself(stage, tmp_path):
     """Algorithm 1 without pruning: t - i epochs from epoch i, with its optimizer, at its place in schedule and data."""
     dense, _ = stage

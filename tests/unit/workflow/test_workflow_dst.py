@@ -1,5 +1,7 @@
 """From the tables of a configuration to schedules in steps, and what is refused."""
 
+import re
+
 import pytest
 
 from deploy_sparse.cli.catalog import load_config, load_recipe, recipes
@@ -79,7 +81,19 @@ def test_the_long_configs_are_stretched():
         ("rigl", ["--explore.interval", "9999"], r"explore.interval = 9999 in a training of \d+ steps"),
         ("chase", ["--channels.interval", "9999"], "channels.interval = 9999 with all channels gone by step"),
         ("rigl", ["--explore.surplus_until", "0.5"], "explore.surplus_until = 0.5 without a surplus"),
-        ("rigl", ["--explore.gradient_batches", "99"], "averaged over 99 batches every 10 steps"),
+        (
+            "rigl",
+            ["--explore.gradient_batches", "99"],
+            r"\[explore\]: gradients averaged over 99 batches every 10 steps",
+        ),
+        ("rigl", ["--explore.stop", "0.002", "--explore.interval", "1"], "stop to move weights after step"),
+        ("chase", ["--channels.until", "0.001", "--channels.interval", "1"], "with all channels gone by step 1"),
+        ("chase", ["--channels.sparsity", "0.999"], r"channel sparsity 0.999 leaves \d+ of 896 channels"),
+        (
+            "chase",
+            ["--sparse.exclude", '["stages*"]'],
+            r"no channels of 'resnet_digits' may go .* sparse.exclude = \['stages",
+        ),
         ("chase", ["--sparse.exclude", '["nothing"]'], "exclude pattern 'nothing' matches no"),
         ("chase", ["--explore.final_surplus", "0.2"], "a soft bound from 0.05 to 0.2"),
     ],
@@ -90,3 +104,20 @@ def test_what_cannot_be_trained_is_refused_before_a_run(recipe, words, message):
     with pytest.raises(ConfigError, match=message) as caught:
         check_dst(config)
     assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "fix"),
+    [
+        ("chase", ["--channels.until", "0.002", "--channels.interval", "1"], "raise --channels.until"),
+        ("rigl", ["--explore.stop", "0.002", "--explore.interval", "1"], "raise --explore.stop"),
+        ("rigl", ["--explore.interval", "9999"], r"a shorter --explore.interval, for example \d+, or a config"),
+        ("chase", ["--sparse.exclude", '["stages*"]'], "^exclude fewer layers, or choose --channels.sparsity 0"),
+    ],
+)
+def test_the_next_step_leads_somewhere(recipe, words, fix):
+    found = load_recipe(RECIPES[recipe])
+    config, _ = load_config(found, RECIPES[recipe].configs["resnet_digits"], words)
+    with pytest.raises(ConfigError) as caught:
+        check_dst(config)
+    assert re.search(fix, caught.value.fix), caught.value.fix
