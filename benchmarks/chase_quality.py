@@ -17,6 +17,8 @@ gone, for the others of all. The density is what was asked; where the channels t
 with a dense network. One JSON line a network.
 
     python benchmarks/chase_quality.py cpu-2-cores --seeds 0 1 2 --densities 0.1 0.2 0.4 --runtime.threads 1
+    python benchmarks/chase_quality.py cpu-2-cores --densities 0.1 --fit.epochs 30 --name chase-quality-30-epochs \\
+        --runtime.threads 1
 """
 
 from __future__ import annotations
@@ -257,19 +259,20 @@ def main() -> None:
     parser.add_argument("--couplings", nargs="+", default=["internal", "prune_skip"])
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.2, 0.4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--name", help="of the record; chase-quality-<config> by default")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where the runs' folders go")
     options, overrides = parser.parse_known_args()
+    name = options.name or f"chase-quality-{options.config}"
     recipe = find_recipe("chase")
     rows: list[Row] = []
     for seed in options.seeds:
         words = [*overrides, "--seed", str(seed)]
         config: Any
         config, _ = load_config(load_recipe(recipe), find_config(recipe, options.config), words)
-        folder = options.runs / f"chase-quality-{options.config}-seed{seed}"
-        rows += measure(config, options.couplings, options.densities, folder)
+        rows += measure(config, options.couplings, options.densities, options.runs / f"{name}-seed{seed}")
     body = {"config": config.model_dump(mode="json", exclude={"deploy", "seed"}), "environment": environment()}
     lines = [json.dumps({"kind": "conditions", **body}), *(json.dumps(row) for row in rows)]
-    folder = RECORDS / options.device / f"chase-quality-{options.config}"
+    folder = RECORDS / options.device / name
     write_bytes(folder / "results.jsonl", ("\n".join(lines) + "\n").encode())
     write_bytes(folder / "results.md", text(rows).encode())
     print(text(rows))

@@ -263,7 +263,8 @@ class DynamicMasks(StaticMasks):
 
     def _growth(self, free: Masks, taken: int) -> Mapping[str, torch.Tensor]:
         if self.exploration.growth == "random":
-            return random(free, self.seed * 1_000_003 + taken)
+            layer = self.names.index(next(iter(free)))  # so that layers of one shape do not grow alike
+            return random(free, (self.seed * 1_000_003 + taken) * 1009 + layer)
         return {name: self._gradients[name].abs() if name in self._gradients else m * 0.0 for name, m in free.items()}
 
     def _targets(self, taken: int) -> tuple[dict[str, int], dict[str, int]]:

@@ -46,11 +46,11 @@ class ExploreConfig(Config):
     preset: Preset = Field("rigl", description="published settings to start from")
     interval: int | None = Field(None, ge=1, description="optimizer steps between updates")
     stop: float | None = Field(None, gt=0, le=1, description="share of the training after which nothing moves")
-    growth: Growth | None = Field(None, description="what grows: where the dense gradient is largest, or at random")
-    scope: Scope | None = Field(None, description="layer by layer, or all layers as one pool")
+    growth: Growth | None = Field(None, description="what grows; gradient: where the dense one is largest, or random")
+    scope: Scope | None = Field(None, description="layer: each has its number of weights, or global: all are one pool")
     fraction: float | None = Field(None, gt=0, le=1, description="share of the weights an update drops, at the start")
     final_fraction: float | None = Field(None, ge=0, le=1, description="the same at the end of its decay")
-    decay: Decay | None = Field(None, description="how the fraction falls")
+    decay: Decay | None = Field(None, description="how the fraction falls: cosine, or constant: not")
     surplus: float | None = Field(
         None, ge=0, lt=1, description="soft bound: weights held between updates above the density; 0: none"
     )

@@ -9,6 +9,7 @@ import shutil
 import sys
 from importlib import import_module
 from pathlib import Path
+from statistics import mean
 
 import pytest
 from recipe_runs import REGROUP, SETTINGS
@@ -124,7 +125,7 @@ def test_the_pages_numbers_are_the_records():
 
 
 RESULTS = sorted((ROOT / "benchmarks/records").rglob("results.jsonl"))
-SCRIPTS = {"densities": "densities", "tickets-resnet_synthetic": "tickets", "mask-cost": "mask_cost", "regroup-quality": "regroup_quality", "chase-quality-resnet_synthetic": "chase_quality", "dst-cost": "dst_cost"}  # fmt: skip
+SCRIPTS = {"densities": "densities", "tickets-resnet_synthetic": "tickets", "mask-cost": "mask_cost", "regroup-quality": "regroup_quality", "chase-quality-resnet_synthetic": "chase_quality", "chase-quality-30-epochs": "chase_quality", "dst-cost": "dst_cost"}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: str(p.parent.relative_to(ROOT)))
@@ -152,6 +153,44 @@ def test_the_unstructured_tickets_lead_is_what_the_record_says():
         ticket = found[number, seed, "ticket"]
         assert row["density"] == ticket["density"]
         assert arm == "ticket" or ticket["test_accuracy"] > row["test_accuracy"]
+
+
+def test_chases_verdict_is_what_the_record_says():
+    """The page's leads and losses at each density, in points of test accuracy."""
+    path = ROOT / "benchmarks/records/cpu-2-cores/chase-quality-resnet_synthetic/results.jsonl"
+    _, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+
+    def points(arm, against=""):
+        own = [row["test_accuracy"] for row in rows if (row["arm"], row["against"]) == (arm, against)]
+        assert len(own) == 3
+        return [100 * accuracy for accuracy in own]
+
+    def lead(arm, against):
+        return [a - b for a, b in zip(points("Chase", against), points(arm, against), strict=True)]
+
+    dense = mean(points("dense"))
+    after = {
+        (c, d): mean(points("Chase", f"{c}, density {d}")) - dense
+        for c in ("internal", "prune_skip")
+        for d in (0.1, 0.2)
+    }
+    assert [round(after[key], 1) for key in after] == [-2.4, 0.2, -2.6, -0.2]
+    assert round(mean(points("dynamic sparse training", "density 0.1")) - dense, 1) == -1.9
+    assert min(lead("narrower", "prune_skip, density 0.2")) > 0 > min(lead("narrower", "internal, density 0.2"))
+    means = [
+        mean(lead(arm, f"{c}, density 0.2")) for arm in ("narrower", "one-shot") for c in ("internal", "prune_skip")
+    ]
+    assert [f"{value:+.2f}" for value in means] == ["+0.10", "+0.35", "+0.22", "-0.38"]
+    for coupling in ("internal", "prune_skip"):
+        assert max(mean(lead(arm, f"{coupling}, density 0.1")) for arm in ("narrower", "one-shot")) < -2
+        for share in (0.1, 0.2, 0.4):
+            against = f"{coupling}, density {share}"
+            assert mean(points("one-shot, twice the epochs", against)) > max(dense, mean(points("Chase", against)))
+            macs = {row["arm"]: row["macs"] for row in rows if row["against"] == against}
+            assert macs["Chase"] <= min(macs.values())
+    assert [
+        round(100 * mean(r["amenable"] for r in rows if r["against"] == f"density {d}")) for d in (0.1, 0.2, 0.4)
+    ] == [10, 1, 0]
 
 
 def test_there_are_records():

@@ -165,8 +165,8 @@ def test_reestimated_norms_change_the_ticket_and_not_its_masks(whole, tmp_path, 
     assert "| BatchNorm | statistics re-estimated" in (tmp_path / "run/report.md").read_text()
 
 
-def test_adamw_trains_a_chase_ticket(tmp_path, capsys):
-    optimizer = ["--fit.optimizer", "adamw", "--fit.lr", "0.01", "--fit.epochs", "3"]
+def test_adamw_in_mixed_precision_trains_a_chase_ticket(tmp_path, capsys):
+    optimizer = ["--fit.optimizer", "adamw", "--fit.lr", "0.01", "--fit.epochs", "3", "--runtime.precision", "bf16"]
     run(capsys, tmp_path / "run", "chase", *optimizer)
     ticket = Ticket.load(tmp_path / "run/ticket")
     weights = {name: mask for name, mask in ticket.masks.items() if mask.dim() > 1}

@@ -265,6 +265,19 @@ def test_random_growth_draws_anew_at_every_update():
     assert max(overlap) < 0.5  # the same draw would give the same weights again
 
 
+def test_layers_of_one_shape_do_not_grow_alike():
+    model = nn.Sequential(nn.Linear(30, 30), nn.Linear(30, 30))
+    dense = dense_masks(model, head=True)
+    first = {name: torch.zeros_like(mask) for name, mask in dense.items()}
+    for mask in first.values():
+        mask[:3] = True
+    own = DynamicMasks(first, Exploration(1, 100, growth="random", fraction=1.0, decay="constant"))
+    own.start_(model)
+    own.after_step_(model, torch.optim.SGD(model.parameters(), lr=0.1), 0)
+    one, other = own.masks.values()
+    assert float((one & other).sum() / one.sum()) < 0.5
+
+
 def test_random_growth_needs_no_gradient_and_is_the_same_wherever_it_runs():
     def grown(seed):
         own = DynamicMasks(masks(), Exploration(4, 100, growth="random"), seed=seed)
