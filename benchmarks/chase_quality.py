@@ -12,9 +12,9 @@ after surgery, widths not rounded) is what the controls get, or a little more; a
 ``dynamic sparse training`` is the same exploration with all channels kept; its amenable channels are those less than
 half as dense as their layer.
 
-Accuracy is on the test split, of the epoch with the best validation accuracy: for Chase of those after all channels are
-gone, for the others of all. The density is what was asked; where the channels that stay have no room for it, Chase ends
-with a dense network. One JSON line a network.
+Accuracy is on the test split, of the epoch with the best validation accuracy: for sparse training of those after all
+channels and the surplus of weights are gone, for the others of all. The density is what was asked; where the channels
+that stay have no room for it, Chase ends with a dense network. One JSON line a network.
 
     python benchmarks/chase_quality.py cpu-2-cores --seeds 0 1 2 --densities 0.1 0.2 0.4 --runtime.threads 1
     python benchmarks/chase_quality.py cpu-2-cores --densities 0.1 --fit.epochs 30 --name chase-quality-30-epochs \\
@@ -41,7 +41,6 @@ from deploy_sparse.cli.catalog import find_config, find_recipe, load_config, loa
 from deploy_sparse.measure.table import Table, markdown
 from deploy_sparse.sparsify.amenable import amenable
 from deploy_sparse.sparsify.channel_scores import channel_scores
-from deploy_sparse.sparsify.chase import Chase
 from deploy_sparse.sparsify.flops import flops
 from deploy_sparse.sparsify.method import Method, StaticMasks
 from deploy_sparse.sparsify.patterns import channels, silence
@@ -55,7 +54,7 @@ from deploy_sparse.train.interrupt import Interrupts
 from deploy_sparse.train.run import open_run
 from deploy_sparse.train.tickets import RewindPoint
 from deploy_sparse.workflow import dst
-from deploy_sparse.workflow.dst_config import ChaseConfig, channel_schedule, exploration_of
+from deploy_sparse.workflow.dst_config import ChaseConfig
 from deploy_sparse.workflow.prepare import Work, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,17 +168,7 @@ def narrower(config: ChaseConfig, macs: int) -> ChaseConfig:
 
 
 def _chase(work: Work, config: ChaseConfig, stage: str, start: RewindPoint) -> Ticket:
-    epoch = dst.steps_of_epoch(work)
-    method = Chase(
-        dst.first_masks(work, config),
-        exploration_of(config, epoch),
-        dst.pools_of(work, config),
-        channel_schedule(config, epoch),
-        criterion=config.channels.criterion,
-        floor=config.channels.floor,
-        distribution=config.sparse.distribution,
-        seed=config.seed,
-    )
+    method = dst.chase(work, config, dst.pools_of(work, config))
     return work.trainer.train(stage, start, method, None, keep="best")
 
 

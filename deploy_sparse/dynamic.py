@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import get_args
 
 import torch
@@ -14,8 +13,9 @@ from .sparsify.channel_schedule import ChannelSchedule
 from .sparsify.chase import Chase
 from .sparsify.coupling import Coupling, channel_pools
 from .sparsify.dst import DynamicMasks, Spread, initial_masks
-from .sparsify.exploration import PRESETS, Exploration
+from .sparsify.exploration import PRESETS, Exploration, Preset
 from .sparsify.imp import dense_masks, head_of
+from .sparsify.umm import CHANNEL_SCORES
 from .surgery.cost import layer_macs
 from .surgery.graph import Inputs, as_tuple, channel_groups
 
@@ -27,7 +27,7 @@ def dynamic_sparsity(
     steps: int,
     density: float = 0.1,
     channels: float = 0.0,
-    exploration: str | Exploration = "chase",
+    exploration: Preset | Exploration = "chase",
     interval: int | None = None,
     epoch: int | None = None,
     coupling: Coupling = "internal",
@@ -72,12 +72,19 @@ def dynamic_sparsity(
             raise ConfigError(
                 f"{name} {number!r}", expected=f"a whole number, {least} or more", fix="count optimizer steps"
             )
-    if distribution not in get_args(Spread):
-        raise ConfigError(
-            f"distribution {distribution!r}",
-            expected=f"one of {', '.join(get_args(Spread))}",
-            fix=f"{nearest(str(distribution), get_args(Spread))}choose one of them",
-        )
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed {seed}", expected="0 or more, and below 2^32", fix="choose a smaller one")
+    for name, word, known in (
+        ("distribution", distribution, get_args(Spread)),
+        ("coupling", coupling, get_args(Coupling)),
+        ("channel score", criterion, CHANNEL_SCORES),
+    ):
+        if word not in known:
+            raise ConfigError(
+                f"unknown {name} {word!r}",
+                expected=f"one of {', '.join(known)}",
+                fix=f"{nearest(str(word), known)}choose one of them",
+            )
     if not 0.0 < until <= 1.0:
         raise ConfigError(
             f"until {until}", expected="a share of the training, in (0, 1]", fix="0.8 leaves a fifth without removals"
@@ -104,7 +111,7 @@ def dynamic_sparsity(
     )
 
 
-def _exploration(given: str | Exploration, interval: int | None, epoch: int, steps: int) -> Exploration:
+def _exploration(given: Preset | Exploration, interval: int | None, epoch: int, steps: int) -> Exploration:
     if not isinstance(given, Exploration):
         if given not in PRESETS:
             raise ConfigError(
@@ -113,7 +120,13 @@ def _exploration(given: str | Exploration, interval: int | None, epoch: int, ste
                 fix=f"{nearest(str(given), list(PRESETS))}mend the name",
             )
         given = PRESETS[given](epoch, steps)
-    found = given if interval is None else replace(given, interval=interval)
+    found = given if interval is None else given.every(interval)
+    if found.soft is not None and found.soft.until > steps:
+        raise ConfigError(
+            f"a soft bound until step {found.soft.until} in a training of {steps}",
+            expected="a surplus that is gone before the end",
+            fix="SoftBound(…, until=…) within the training",
+        )
     if not found.moves(steps):
         raise ConfigError(
             f"updates every {found.interval} steps until step {found.stop}, in a training of {steps}",

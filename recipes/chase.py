@@ -41,10 +41,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from deploy_sparse.sparsify.chase import Chase
 from deploy_sparse.train.run import Run
 from deploy_sparse.workflow import dst
-from deploy_sparse.workflow.dst_config import ChaseConfig, channel_schedule, check_dst, exploration_of
+from deploy_sparse.workflow.dst_config import ChaseConfig, check_dst
 from deploy_sparse.workflow.finish import deploy
 from deploy_sparse.workflow.prepare import prepare
 
@@ -61,19 +60,8 @@ def check(config: RecipeConfig) -> None:
 def main(config: RecipeConfig, run: Run) -> Mapping[str, Any]:
     """Run the recipe in ``run``'s folder and return its results as JSON values."""
     work = prepare(config, run, method="chase")
-    epoch = dst.steps_of_epoch(work)
     pools = dst.pools_of(work, config)
-    method = Chase(
-        dst.first_masks(work, config),
-        exploration_of(config, epoch),
-        pools,
-        channel_schedule(config, epoch),
-        criterion=config.channels.criterion,
-        floor=config.channels.floor,
-        distribution=config.sparse.distribution,
-        seed=config.seed,
-        macs=dst.macs_of(work),
-    )
+    method = dst.chase(work, config, pools)
     dense, start = dst.baseline(work, config)
     ticket = dst.sparse_ticket(work, config, method, start)
     said = dst.explained(work, config, ticket, pools)

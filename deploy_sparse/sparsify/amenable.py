@@ -18,13 +18,11 @@ class SparseRows:
         channels: those with a position where a weight may be.
         sparser: of these, those whose density is below the layer's.
         amenable: those whose density is below half the layer's.
-        empty: those without a weight.
     """
 
     channels: int
     sparser: int
     amenable: int
-    empty: int
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,6 @@ class Amenable:
     def amenable(self) -> int:
         """Those whose density is below half their layer's."""
         return sum(layer.amenable for layer in self.by_layer.values())
-
-    @property
-    def empty(self) -> int:
-        """Those without a weight."""
-        return sum(layer.empty for layer in self.by_layer.values())
 
 
 def amenable(masks: Masks, allowed: Masks) -> Amenable:
@@ -79,6 +72,6 @@ def amenable(masks: Masks, allowed: Masks) -> Amenable:
         weights = (mask & open_to).reshape(len(mask), -1).sum(dim=1)
         there = places > 0
         own, layer = weights * places.sum(), weights.sum() * places  # densities times both numbers of places
-        rows = torch.stack([there, there & (own < layer), there & (2 * own < layer), there & (weights == 0)])
+        rows = torch.stack([there, there & (own < layer), there & (2 * own < layer)])
         found[name] = SparseRows(*rows.sum(dim=1).tolist())  # one transfer a layer
     return Amenable(found)

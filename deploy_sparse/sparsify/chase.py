@@ -127,9 +127,9 @@ class Chase(DynamicMasks):
         return self.schedule.sparsity > 0 and taken == self.schedule.until
 
     def _prunes(self, taken: int) -> bool:
-        return self.schedule.due(taken) and self._surplus(taken) > 0
+        return self.schedule.due(taken) and self._to_remove(taken) > 0
 
-    def _surplus(self, taken: int) -> int:
+    def _to_remove(self, taken: int) -> int:
         """How many channels more are there than the schedule wants."""
         gone = sum(int(removed.sum()) for removed in self._removed)
         return share_of(self.schedule.target(taken), self.channels) - gone
@@ -139,7 +139,7 @@ class Chase(DynamicMasks):
         weights = {name: weight.detach() for name, weight in self._weights.items()}
         scores = [pool_scores(pool, self.criterion, weights, self.masks) for pool in self.pools]
         alive = [~removed for removed in self._removed]
-        going = lowest(scores, alive, self._surplus(taken), self._floors)
+        going = lowest(scores, alive, self._to_remove(taken), self._floors)
         for pool, removed, gone in zip(self.pools, self._removed, going, strict=True):
             if bool(gone.any()):
                 remove_(self.masks, pool, gone)

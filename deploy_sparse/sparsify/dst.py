@@ -7,7 +7,6 @@ The forward and backward passes are dense, so a gradient of the masked weights i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -297,9 +296,8 @@ class DynamicMasks(StaticMasks):
         return sum(int(self.masks[name].sum()) for name in self.names)
 
     def _flops(self) -> Flops:
-        """A row that is empty at the moment still runs; only removed channels do not."""
         assert self.macs is not None
-        return replace(flops(self.macs, self.masks), supported=flops(self.macs, self._allowed).supported)
+        return flops(self.macs, self.masks, self._allowed)
 
     def _count_flops_(self) -> None:
         """Account for the steps since the masks moved last, before they move again."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from ..errors import ConfigError, nearest
@@ -15,6 +15,7 @@ from ..errors import ConfigError, nearest
 Growth = Literal["gradient", "random"]
 Scope = Literal["layer", "global"]
 Decay = Literal["cosine", "constant"]
+Preset = Literal["set", "rigl", "set-itop", "rigl-itop", "mest", "chase"]
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,14 @@ class Exploration:
     Attributes:
         interval: steps between updates.
         stop: no update from this step on, but the one that ends a soft bound.
-        offset: steps by which all updates are later; so one a epoch need not fall on its last step, before which the
-            network is validated.
+        offset: steps by which all updates are later, so that one an epoch need not fall on the epoch's last step,
+            after which the network is validated.
         growth: ``"gradient"``: where the dense gradient is largest (RigL); ``"random"`` (SET).
         scope: ``"layer"``: every layer keeps its number of weights; ``"global"``: all layers are one pool.
         fraction: of the budget that an update drops and grows again, at the start.
         final_fraction: the same at ``period``.
         decay: how the fraction falls: by a cosine, or not.
-        period: steps over which it falls.
+        period: steps over which it falls; 0 for ``stop``.
         soft: a surplus between updates. While it lasts, an update drops what is above the budget and grows the surplus
             anew, instead of the fraction.
         gradient_batches: the dense gradient is averaged over this many batches before an update.
@@ -111,6 +112,10 @@ class Exploration:
                     expected=f"one of {', '.join(known)}",
                     fix=f"{nearest(word, known)}mend the name",
                 )
+
+    def every(self, interval: int) -> Exploration:
+        """The same with another interval."""
+        return replace(self, interval=interval, offset=min(self.offset, max(0, interval - 1)))
 
     def due(self, taken: int) -> bool:
         """Whether the connectivity is updated after this step."""
@@ -174,7 +179,7 @@ def _chase(epoch: int, total: int) -> Exploration:
     return Exploration(1000, total, scope="global", fraction=0.5, final_fraction=0.005, soft=soft)
 
 
-PRESETS: Mapping[str, Callable[[int, int], Exploration]] = {
+PRESETS: Mapping[Preset, Callable[[int, int], Exploration]] = {
     "set": _set,
     "rigl": _rigl,
     "set-itop": _set_itop,

@@ -36,7 +36,7 @@ class Flops:
         return self.supported / self.dense
 
 
-def flops(macs: Mapping[str, int], masks: Masks) -> Flops:
+def flops(macs: Mapping[str, int], masks: Masks, left: Masks | None = None) -> Flops:
     """What the network with these masks costs at inference.
 
     A layer's theoretical cost is its density's share of its dense cost; its supported cost is the share of its rows
@@ -46,6 +46,8 @@ def flops(macs: Mapping[str, int], masks: Masks) -> Flops:
     Args:
         macs: dense multiply-accumulates by weight name, as :func:`~deploy_sparse.surgery.cost.layer_macs` counts them.
         masks: by parameter name, on any device; ``[c_out, c_in, ...]``.
+        left: what was not removed with channels, like ``masks``, where that is known: then a row that is merely empty
+            still costs a GPU its work.
 
     Raises:
         ConfigError: no multiply-accumulate at all.
@@ -67,8 +69,11 @@ def flops(macs: Mapping[str, int], masks: Masks) -> Flops:
             fix=f"{nearest(unknown, list(macs))}count them with the network the masks are of",
         )
     theoretical = supported = float(dense)
-    for name, (density, rows, columns) in _shares(layers).items():
+    shares = _shares(layers)
+    for name, (density, _, _) in shares.items():
         theoretical -= macs[name] * (1 - density)
+    there = shares if left is None else _shares({name: mask for name, mask in left.items() if name in macs})
+    for name, (_, rows, columns) in there.items():
         supported -= macs[name] * (1 - rows * columns)
     return Flops(float(dense), theoretical, supported)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from ..data import batch_count
 from ..measure.line_plot import LinePlot, Series
 from ..measure.table import Table
+from ..sparsify.chase import Chase
 from ..sparsify.coupling import ChannelPool, channel_pools, remove_, removed_channels
 from ..sparsify.dst import DynamicMasks, initial_masks
 from ..sparsify.flops import flops
@@ -61,6 +62,22 @@ def dynamic_masks(work: Work, config: DstConfig) -> DynamicMasks:
     return DynamicMasks(
         first_masks(work, config),
         exploration_of(config, steps_of_epoch(work)),
+        distribution=config.sparse.distribution,
+        seed=config.seed,
+        macs=macs_of(work),
+    )
+
+
+def chase(work: Work, config: ChaseConfig, pools: Sequence[ChannelPool]) -> Chase:
+    """The method that also removes channels of these pools."""
+    epoch = steps_of_epoch(work)
+    return Chase(
+        first_masks(work, config),
+        exploration_of(config, epoch),
+        pools,
+        channel_schedule(config, epoch),
+        criterion=config.channels.criterion,
+        floor=config.channels.floor,
         distribution=config.sparse.distribution,
         seed=config.seed,
         macs=macs_of(work),
@@ -122,7 +139,7 @@ def usable_table(
         removed = removed_channels(ticket.masks, pool)
         remove_(left, pool, removed)
         gone += int(removed.sum())
-    found = replace(flops(macs, ticket.masks), supported=flops(macs, left).supported)
+    found = flops(macs, ticket.masks, left)
     deployed = plan.cost_after.macs / plan.cost_before.macs
     room = density({name: left[name] for name in weights})
     history = [row for row in metrics_of(work) if row["epoch"] == ticket.provenance.metrics["best_epoch"]]
@@ -147,18 +164,21 @@ def schedule_table(work: Work, config: DstConfig, ticket: Ticket) -> Table:
     """What the settings and presets came to, in steps, and which network was kept."""
     epoch, metrics = steps_of_epoch(work), ticket.provenance.metrics
     moves = exploration_of(config, epoch)
-    share = f"{moves.fraction:.0%} of the weights" + f" at first, {moves.final_fraction:.1%} at last" * (
-        moves.decay == "cosine"
-    )
     grows = f"{'all layers as one pool' if moves.scope == 'global' else 'layer by layer'}, growth by {moves.growth}"
     rows = [
         ("training", f"{config.fit.epochs} epochs of {epoch} steps"),
         ("updates", f"every {moves.interval} steps until step {moves.stop}; {grows}"),
-        ("an update moves", share),
     ]
+    first = 0
     if moves.soft is not None:
-        surplus = f"{moves.soft.surplus:.1%} of all weights more at first"
-        rows.append(("soft bound", f"{surplus}, falling, none from step {moves.soft.until}; so long it moves these"))
+        first, last = moves.soft.until, moves.soft.final
+        grows = f"grows {moves.soft.surplus:.1%} of all weights above it at first, {last:.1%} at last"
+        rows.append((f"until step {first}", f"an update drops to the budget and {grows} (soft bound)"))
+    if first < moves.stop:
+        share = f"{moves.fraction_at(first):.1%} of the budget"
+        if moves.decay == "cosine":
+            share += f" at first, {moves.fraction_at(moves.stop):.1%} at last"
+        rows.append((f"from step {first}", f"an update drops and grows {share}"))
     if isinstance(config, ChaseConfig) and config.channels.sparsity > 0:
         events = channel_schedule(config, epoch).events()
         rows.append(
@@ -215,7 +235,7 @@ def history_plots(work: Work) -> tuple[LinePlot, ...]:
                 _series("weights", rows, "density"),
                 _series("weights ever used", rows, "explored"),
                 _series("FLOPs, non-zero weights", rows, "theoretical_flops"),
-                _series("FLOPs, removed channels", rows, "supported_flops"),
+                _series("FLOPs, removed channels cut", rows, "supported_flops"),
                 *(
                     [_series("channels, of those that may go", rows, "channels_left")]
                     if "channels_left" in rows[0]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import data, zoo
 from ..config import Config
@@ -17,13 +18,12 @@ from ..errors import ConfigError
 from ..sparsify.channel_schedule import ChannelSchedule, floors
 from ..sparsify.coupling import Coupling, channel_pools
 from ..sparsify.dst import Spread
-from ..sparsify.exploration import PRESETS, Decay, Exploration, Growth, Scope, SoftBound
+from ..sparsify.exploration import PRESETS, Decay, Exploration, Growth, Preset, Scope, SoftBound
 from ..sparsify.imp import dense_masks, head_of
+from ..sparsify.umm import ChannelScore
 from ..structure import ChannelGroup
 from ..surgery.graph import channel_groups
 from .config import StudyConfig, check_study
-
-Preset = Literal["set", "rigl", "set-itop", "rigl-itop", "mest", "chase"]
 
 
 class SparseConfig(Config):
@@ -78,9 +78,7 @@ class ChannelsConfig(Config):
     coupling: Coupling = Field(
         "internal", description="internal: channels inside blocks, as published; prune_skip: residual streams too"
     )
-    criterion: Literal["umm", "surviving_magnitude", "connections", "kernels"] = Field(
-        "umm", description="the channel score"
-    )
+    criterion: ChannelScore = Field("umm", description="the channel score")
     floor: float = Field(0.2, ge=0, le=1, description="β: least share of its even part that a layer keeps")
     interval: int = Field(1000, ge=1, description="optimizer steps between removals")
     until: float = Field(0.8, gt=0, le=1, description="share of the training at which the last channels go")
@@ -128,6 +126,12 @@ def check_dst(config: DstConfig) -> None:
             if min(explored.stop, total) < 20
             else f"choose a shorter --explore.interval, for example {min(explored.stop, total) // 20}, "
             "or a config made for this network and data (deploy-sparse ls)",
+        )
+    if config.sparse.reestimate and not any(isinstance(part, _BatchNorm) for part in network.modules()):
+        raise ConfigError(
+            f"sparse.reestimate with {config.model.name!r}, which has no BatchNorm",
+            expected="a network with statistics to re-estimate",
+            fix="leave --sparse.reestimate out",
         )
     if isinstance(config, ChaseConfig) and config.channels.sparsity > 0:
         _check_channels(config, network, images.image_shape, epoch)
@@ -178,7 +182,9 @@ def exploration_of(config: DstConfig, epoch: int) -> Exploration:
 
 def _explored(given: ExploreConfig, epoch: int, total: int) -> Exploration:
     found = PRESETS[given.preset](epoch, total)
-    plain = ("interval", "growth", "scope", "fraction", "final_fraction", "decay")
+    if given.interval is not None:
+        found = found.every(given.interval)
+    plain = ("growth", "scope", "fraction", "final_fraction", "decay")
     changed: dict[str, Any] = {key: getattr(given, key) for key in plain if getattr(given, key) is not None}
     if given.stop is not None:
         changed["stop"] = max(1, round(given.stop * total))

@@ -188,6 +188,8 @@ def test_chases_verdict_is_what_the_record_says():
             assert mean(points("one-shot, twice the epochs", against)) > max(dense, mean(points("Chase", against)))
             macs = {row["arm"]: row["macs"] for row in rows if row["against"] == against}
             assert macs["Chase"] <= min(macs.values())
+    sparser = [100 * r["sparser"] for r in rows if r["against"] == "density 0.1" and "sparser" in r]
+    assert (round(min(sparser)), round(max(sparser))) == (57, 62)
     assert [
         round(100 * mean(r["amenable"] for r in rows if r["against"] == f"density {d}")) for d in (0.1, 0.2, 0.4)
     ] == [10, 1, 0]

@@ -11,6 +11,7 @@ from recipe_runs import CHASE, DST, finish, stop_when
 from deploy_sparse import Ticket, load_compact
 from deploy_sparse.cli.main import main
 from deploy_sparse.sparsify.coupling import channel_pools, removed_channels
+from deploy_sparse.sparsify.exploration import Exploration
 from deploy_sparse.sparsify.imp import dense_masks, head_of
 from deploy_sparse.structure import density
 from deploy_sparse.surgery.graph import channel_groups
@@ -94,7 +95,9 @@ def test_chases_report_says_what_the_presets_came_to_and_what_was_kept(whole):
     table = report[report.index("## Schedule") :].split("## ")[1]
     metric = Ticket.load(folder / "ticket").provenance.metrics
     assert "| updates | every 4 steps until step 108; all layers as one pool, growth by gradient |" in table
-    assert "none from step 86" in table
+    assert "| until step 86 | an update drops to the budget and grows 5.0% of all weights above it at first" in table
+    late = Exploration(4, 108, fraction=0.5, final_fraction=0.005).fraction_at(86)
+    assert f"| from step 86 | an update drops and grows {late:.1%} of the budget at first, 0.5% at last |" in table
     assert re.search(r"channels go \| at \d+ steps from 2 to 86, by umm", table)
     assert f"of epoch {metric['best_epoch'] + 1:.0f}, with {metric['validation_accuracy']:.2%} on validation" in table
     assert "re-estimated" not in table

@@ -8,7 +8,7 @@ import deploy_sparse
 from deploy_sparse.errors import ConfigError, SurgeryError, TicketError
 from deploy_sparse.sparsify.chase import Chase
 from deploy_sparse.sparsify.dst import DynamicMasks
-from deploy_sparse.sparsify.exploration import PRESETS, Exploration
+from deploy_sparse.sparsify.exploration import PRESETS, Exploration, SoftBound
 from deploy_sparse.structure import density
 from deploy_sparse.ticket import ModelRef, Provenance, Ticket
 
@@ -168,7 +168,14 @@ def test_a_training_continues_exactly_when_weights_are_loaded_after_the_start():
         ({"interval": 0}, "interval 0"),
         ({"epoch": -1, "exploration": "set"}, "epoch -1"),
         ({"exploration": 3}, "unknown exploration 3"),
-        ({"distribution": "global", "interval": 4}, "distribution 'global'"),
+        ({"distribution": "global", "interval": 4}, "unknown distribution 'global'"),
+        ({"coupling": "typo", "interval": 4}, "unknown coupling 'typo'"),  # also without channels
+        ({"criterion": "uum", "interval": 4}, "did you mean 'umm'"),
+        ({"seed": 2**32, "interval": 4}, "seed 4294967296"),
+        (
+            {"exploration": Exploration(4, 30, soft=SoftBound(0.1, 31))},
+            "a soft bound until step 31 in a training of 30",
+        ),
         ({"until": 1.5, "interval": 4, "channels": 0.5}, "until 1.5"),
         ({"until": 0.0, "interval": 4, "channels": 0.5}, "until 0.0"),
         ({"until": 0.03, "interval": 4, "channels": 0.5}, "more than one removal"),

@@ -44,6 +44,11 @@ def test_settings_override_the_presets_and_shares_of_training_become_steps():
     assert found.soft == SoftBound(0.1, 160, 0.01)
 
 
+def test_once_a_step_is_an_interval_of_set_too():
+    found = exploration_of(made(SetConfig, fit={"epochs": 10}, explore={"interval": 1}), 40)
+    assert (found.interval, found.offset) == (1, 0)
+
+
 def test_a_surplus_of_zero_switches_a_presets_soft_bound_off():
     assert exploration_of(made(ChaseConfig, explore={"surplus": 0.0}), 40).soft is None
 
@@ -93,6 +98,20 @@ def test_the_long_configs_are_stretched():
             "chase",
             ["--sparse.exclude", '["stages*"]'],
             r"no channels of 'resnet_digits' may go .* sparse.exclude = \['stages",
+        ),
+        (
+            "rigl",
+            [
+                "--sparse.reestimate",
+                "true",
+                "--data.name",
+                "synthetic",
+                "--model.name",
+                "torchvision/squeezenet1_1",
+                "--model.arguments",
+                "{classes = 10}",
+            ],
+            "sparse.reestimate with 'torchvision/squeezenet1_1', which has no BatchNorm",
         ),
         ("chase", ["--sparse.exclude", '["nothing"]'], "exclude pattern 'nothing' matches no"),
         ("chase", ["--explore.final_surplus", "0.2"], "a soft bound from 0.05 to 0.2"),
