@@ -195,6 +195,21 @@ def test_chases_verdict_is_what_the_record_says():
     ] == [10, 1, 0]
 
 
+def test_chases_verdict_after_longer_training_is_what_the_record_says():
+    path = ROOT / "benchmarks/records/cpu-2-cores/chase-quality-30-epochs/results.jsonl"
+    conditions, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert conditions["config"]["fit"]["epochs"] == 30
+    leads = []
+    for coupling in ("internal", "prune_skip"):
+        own = [row for row in rows if row["against"] == f"{coupling}, density 0.1"]
+        found = {
+            arm: 100 * mean(row["test_accuracy"] for row in own if row["arm"] == arm)
+            for arm in ("Chase", "narrower", "one-shot")
+        }
+        leads += [found["Chase"] - found["narrower"], found["Chase"] - found["one-shot"]]
+    assert (round(max(leads), 2), round(min(leads), 2)) == (-0.25, -0.55)
+
+
 def test_there_are_records():
     assert RECORDS
 
