@@ -24,6 +24,11 @@ class Slice:
     dim: int
     channels: tuple[int, ...]
 
+    def positions(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Int64, on the CPU: positions along ``dim`` of the channels for which ``chosen``, bool ``[size]``, is True."""
+        channels = torch.tensor(self.channels)  # [positions along dim]
+        return ((channels >= 0) & chosen.cpu()[channels.clamp(min=0)]).nonzero().flatten()
+
 
 @dataclass(frozen=True)
 class Producer:

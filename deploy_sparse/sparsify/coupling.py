@@ -102,12 +102,9 @@ def remove_(masks: dict[str, torch.Tensor], pool: ChannelPool, gone: torch.Tenso
             expected=f"masks of all its parts: {', '.join(part_names((pool,)))}",
             fix="start with all-True masks of what part_names(pools) lists",
         )
-    gone = gone.cpu()
     for part in pool.parts:
-        channels = torch.tensor(part.channels)  # [positions along dim]
-        positions = ((channels >= 0) & gone[channels.clamp(min=0)]).nonzero().flatten()
         mask = masks[part.name]
-        mask.index_fill_(part.dim, positions.to(mask.device), False)
+        mask.index_fill_(part.dim, part.positions(gone).to(mask.device), False)
 
 
 def removed_channels(masks: Masks, pool: ChannelPool) -> torch.Tensor:

@@ -99,10 +99,8 @@ def channels(
     for found, budget in zip(candidates, budgets, strict=True):
         kept = top(found.scores, min(found.size, max(1, width(budget, found.size))))
         for rows in found.pool:
-            channel = torch.tensor(rows.channels)  # [c_out]
-            dropped = ((channel >= 0) & ~kept[channel.clamp(min=0)]).nonzero().flatten()
             mask = result[rows.name]
-            mask.index_fill_(0, dropped.to(mask.device), False)
+            mask.index_fill_(0, rows.positions(~kept).to(mask.device), False)
     return result
 
 

@@ -67,8 +67,7 @@ def _written(masks: Masks, rows: Slice, size: int) -> torch.Tensor:
 def _drop_(
     result: dict[str, torch.Tensor], weights: Mapping[str, torch.Tensor], part: Slice, dropped: torch.Tensor
 ) -> None:
-    channels = torch.tensor(part.channels)  # [positions along dim]
-    positions = ((channels >= 0) & dropped[channels.clamp(min=0)]).nonzero().flatten()
+    positions = part.positions(dropped)
     if len(positions):
         mask = result.setdefault(part.name, torch.ones_like(weights[part.name], dtype=torch.bool))
         mask.index_fill_(part.dim, positions.to(mask.device), False)

@@ -10,6 +10,7 @@ from deploy_sparse.structure import (
     Blocks,
     Channels,
     Dense,
+    Slice,
     Unstructured,
     row_blocks,
     structure_of,
@@ -67,3 +68,9 @@ def test_whole_channels_and_dense_layers_come_first():
 def test_nothing_left_is_unstructured():
     assert structure_of(torch.zeros(16, 4, dtype=torch.bool)) == Unstructured(0.0)
     assert row_blocks(torch.zeros(16, 4, dtype=torch.bool)) is None
+
+
+def test_a_slice_knows_where_its_channels_lie():
+    flattened = Slice("fc.weight", 1, (0, 0, 1, 1, -1, 2, 2))
+    assert flattened.positions(torch.tensor([True, False, True])).tolist() == [0, 1, 5, 6]
+    assert flattened.positions(torch.zeros(3, dtype=torch.bool)).tolist() == []
