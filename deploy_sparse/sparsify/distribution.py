@@ -82,11 +82,7 @@ def counts(shapes: Shapes, shares: Shares) -> int | dict[str, int]:
     if not isinstance(shares, Mapping):
         return round(exact(shares) * sum(sizes.values()))
     wanted = {name: exact(shares[name]) * size for name, size in sizes.items()}
-    found = {name: math.floor(share) for name, share in wanted.items()}
-    missing = round(sum(wanted.values(), Fraction(0))) - sum(found.values())
-    by_remainder = sorted(wanted, key=lambda name: found[name] - wanted[name])  # stable: equal ones in order
-    for name in by_remainder[:missing]:
-        found[name] += 1
+    found = _rounded(wanted, round(sum(wanted.values(), Fraction(0))))
     return {name: max(1, count) for name, count in found.items()}
 
 
@@ -111,12 +107,18 @@ def apportion(parts: Mapping[str, Share], room: Mapping[str, int], total: int) -
         if not over or len(full) == len(weights):
             break
     wanted = {name: Fraction(room[name]) if name in full else weights[name] * scale for name in weights}
-    found = {name: max(1, math.floor(share)) for name, share in wanted.items()}
-    by_remainder = sorted(wanted, key=lambda name: found[name] - wanted[name])  # stable: equal ones in order
-    for name in by_remainder[: max(0, total - sum(found.values()))]:
-        found[name] += 1
+    found = {name: max(1, count) for name, count in _rounded(wanted, total).items()}
     while sum(found.values()) > total:  # what ones at least cost
         found[max(found, key=lambda name: found[name])] -= 1
+    return found
+
+
+def _rounded(wanted: Mapping[str, Fraction], total: int) -> dict[str, int]:
+    """Whole numbers that come to ``total``, the largest remainders being rounded up, equal ones in order."""
+    found = {name: math.floor(share) for name, share in wanted.items()}
+    by_remainder = sorted(wanted, key=lambda name: found[name] - wanted[name])
+    for name in by_remainder[: total - sum(found.values())]:
+        found[name] += 1
     return found
 
 

@@ -1,74 +1,20 @@
-"""Masks that move: what is dropped, what grows, what never changes, and exact resume."""
+"""Masks that move: what is dropped, what grows, what never changes."""
 
 import math
 from itertools import pairwise
 
 import pytest
 import torch
+from dst_samples import Training, masks, method
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from deploy_sparse.errors import ConfigError, TicketError
+from deploy_sparse.errors import ConfigError
 from deploy_sparse.sparsify.dst import DynamicMasks, initial_masks
 from deploy_sparse.sparsify.exploration import Exploration, SoftBound
 from deploy_sparse.sparsify.flops import flops
 from deploy_sparse.sparsify.imp import dense_masks
-
-INPUTS, CLASSES = 6, 4
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(INPUTS, 20), nn.ReLU(), nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, CLASSES))
-
-
-class Training:
-    """A network that learns noise by steps; everything about step k is a function of k."""
-
-    def __init__(self, method, kind=torch.optim.SGD, **options):
-        self.model, self.method, self.taken = network(), method, 0
-        method.start_(self.model)
-        options = options or {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
-        self.optimizer = kind(self.model.parameters(), **options)
-
-    def step(self, *, spoil=False):
-        generator = torch.Generator().manual_seed(self.taken)
-        inputs = torch.randn(16, INPUTS, generator=generator)
-        labels = torch.randint(CLASSES, (16,), generator=generator)
-        self.optimizer.zero_grad()
-        nn.functional.cross_entropy(self.model(inputs), labels).backward()
-        if spoil:
-            self.model[0].weight.grad.fill_(torch.inf)
-        self.method.after_backward_(self.model, self.taken)
-        gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()}
-        if not spoil:  # a scaler leaves such a step out
-            self.optimizer.step()
-        weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        self.method.after_step_(self.model, self.optimizer, self.taken)
-        self.taken += 1
-        return gradients, weights
-
-    def steps(self, count):
-        for _ in range(count):
-            self.step()
-        return self
-
-    def masks(self):
-        return {name: mask.clone() for name, mask in self.method.masks.items()}
-
-    def counts(self):
-        return {name: int(mask.sum()) for name, mask in self.method.masks.items()}
-
-
-def masks(density=0.3, distribution="erk", seed=0):
-    return initial_masks(dense_masks(network(), head=True), density, distribution, seed)
-
-
-def method(density=0.3, **options):
-    given = {"interval": 4, "stop": 100, **options}
-    return DynamicMasks(masks(density), Exploration(**given), seed=3)
-
 
 shapes = st.lists(
     st.one_of(st.tuples(st.integers(1, 24), st.integers(1, 24)), st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3), st.just(3))),
@@ -310,65 +256,6 @@ def test_weights_that_are_all_zero_do_not_open_the_masks():
             parameter.zero_()
     training.steps(8)
     assert sum(training.counts().values()) == training.method.budget
-
-
-@pytest.mark.parametrize("stop", [3, 4, 6, 11, 17, 18, 19])
-@pytest.mark.parametrize(
-    "options", [{"gradient_batches": 3}, {"growth": "random"}, {"soft": SoftBound(0.2, 18), "scope": "global"}]
-)
-def test_a_restored_method_goes_on_with_the_same_bits(stop, options):
-    whole = Training(method(**options)).steps(22)
-    first = Training(method(**options)).steps(stop)
-    state = {name: tensor.clone() for name, tensor in first.method.state().items()}
-    second = Training(method(**options))
-    second.model.load_state_dict(first.model.state_dict())
-    second.optimizer.load_state_dict(first.optimizer.state_dict())
-    second.method.restore_(state)
-    second.taken = stop
-    second.steps(22 - stop)
-    for name, parameter in whole.model.named_parameters():
-        assert torch.equal(parameter, second.model.get_parameter(name)), name
-    assert all(torch.equal(mask, second.method.masks[name]) for name, mask in whole.masks().items())
-    assert whole.method.figures() == second.method.figures()
-
-
-def test_an_update_that_waits_is_restored_too():
-    first = Training(method()).steps(3)
-    first.step(spoil=True)
-    second = Training(method())
-    second.model.load_state_dict(first.model.state_dict())
-    second.optimizer.load_state_dict(first.optimizer.state_dict())
-    second.method.restore_(first.method.state())
-    second.taken = 4
-    before = second.masks()
-    assert not second.method.ready(3)
-    second.step()
-    assert any(not torch.equal(mask, before[name]) for name, mask in second.masks().items())
-
-
-def test_a_state_of_another_method_is_refused():
-    training = Training(method())
-    with pytest.raises(TicketError, match=r"lacks 'allowed/0\.weight'"):
-        training.method.restore_({})
-    with pytest.raises(TicketError, match="holds 'removed/0'"):
-        training.method.restore_({**training.method.state(), "removed/0": torch.zeros(3)})
-
-
-def test_a_method_trains_once():
-    training = Training(method())
-    with pytest.raises(TicketError, match="started twice"):
-        training.method.start_(training.model)
-
-
-def test_calls_that_are_forgotten_are_named():
-    own, model = method(), network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for call in (lambda: own.after_step_(model, optimizer, 0), lambda: own.restore_({})):
-        with pytest.raises(TicketError, match="a method that was not started"):
-            call()
-    own.start_(model)
-    with pytest.raises(TicketError, match="due after step 3 and its gradient was not seen"):
-        own.after_step_(model, optimizer, 3)
 
 
 def test_before_the_start_figures_are_those_of_the_first_masks():
