@@ -19,7 +19,9 @@ from safetensors.torch import save as bytes_from_tensors
 
 from . import artifact
 from .errors import ArtifactError, TicketError, nearest
+from .masked import masked_state
 from .structure import Blocks, Channels, Dense, Unstructured, density, structure_of
+from .ties import retied, ties, untied
 
 REMAKE = "deploy-sparse run <recipe> --config <name>"
 _PAYLOAD = "ticket.safetensors"
@@ -68,8 +70,10 @@ class Ticket:
     """Dense-shaped weights and boolean masks.
 
     Attributes:
-        weights: the whole state dict (parameters and buffers) by name, on the CPU.
-        masks: by parameter name, same shape as the parameter; True survives. Unmasked parameters survive whole.
+        weights: the whole state dict (parameters and buffers) by name, on the CPU. Names of one tensor are tied, stay
+            tied on disk and in :meth:`masked_weights`, and share one mask.
+        masks: by parameter name, same shape as the parameter; True survives. Unmasked parameters survive whole. Of tied
+            names one needs a mask; masks of both must be equal.
         model: the network the weights belong to.
         provenance: where they come from.
     """
@@ -85,24 +89,64 @@ class Ticket:
         payload, body = self._content()
         return str(artifact.describe("ticket", payload, body)["digest"])
 
+    @classmethod
+    def from_masked_model(
+        cls,
+        source: torch.nn.Module | Mapping[str, torch.Tensor],
+        *,
+        model: ModelRef | None = None,
+        method: str = "masked model",
+    ) -> Ticket:
+        """A ticket of a network that something else pruned: zeros in its weights, or masks beside them.
+
+        Read are exact zeros in weights of two or more dimensions, masks of ``torch.nn.utils.prune`` (``X_orig`` with
+        ``X_mask``), and ``X_mask`` beside ``X``; an entry survives when its mask keeps it and it is not zero. A weight
+        of nothing but zeros gets no mask: so positions and residual branches start, unpruned. A bias entry counts where
+        it is zero with its whole row, an entry of a norm where scale and shift are both zero. Masks under any name are
+        read first; the ticket's names are those of the unpruned network.
+
+        Args:
+            source: the network (not changed), or its state dict.
+            model: which network it is. By default the caller's own, whose factory and example inputs ``compact`` then
+                wants; a zoo network or an ``input_shape`` make them unnecessary.
+            method: what pruned it, for the provenance.
+
+        Raises:
+            TicketError: nothing is pruned; a mask without its weight, of another shape, with other values than 0 and 1,
+                or for one name of tied weights only; a weight computed by a parametrization, weight norm or spectral
+                norm; and see :meth:`validate`.
+        """
+        weights, masks = masked_state(source)
+        origin = Provenance(
+            method, versions=artifact.environment(), metrics={"density": round(density(masks), 6)} if masks else {}
+        )
+        return cls(weights, masks, model or ModelRef("user factory"), origin).validate()
+
     def masked_weights(self) -> dict[str, torch.Tensor]:
-        """The state dict with every masked entry set to zero; tensors without a mask are shared, not copied."""
-        return {
-            name: weight * self.masks[name].to(weight.dtype) if name in self.masks else weight
-            for name, weight in self.weights.items()
+        """The state dict with every masked entry set to zero; tensors without a mask are shared, not copied.
+
+        Tied names stay tied, also where only one of them has a mask.
+        """
+        aliases = ties(self.weights)
+        masks = {aliases.get(name, name): mask for name, mask in self.masks.items()}
+        once = {
+            name: torch.where(masks[name], weight, weight.new_zeros(())) if name in masks else weight
+            for name, weight in untied(self.weights, aliases).items()
         }
+        return {name: once[aliases.get(name, name)] for name in self.weights}
 
     def validate(self, like: Mapping[str, torch.Tensor] | torch.nn.Module | None = None) -> Ticket:
         """Check the ticket, and that it fits ``like`` (a module or a state dict) when given; return it unchanged.
 
         Raises:
-            TicketError: a mask without its weight, of a wrong shape or type; a layer with no channel left; a NaN or
-                infinite weight; weights of another architecture.
+            TicketError: a mask without its weight, of a wrong shape or type; a layer with no channel left; different
+                masks of tied weights; a NaN or infinite weight; weights of another architecture.
         """
         for name, mask in self.masks.items():
             self._validate_mask(name, mask)
+        self._validate_ties()
         for name, weight in self.weights.items():
-            if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+            if weight.is_floating_point() and not _finite(weight):
                 bad = int((~torch.isfinite(weight)).sum())
                 raise TicketError(
                     f"weight {name!r} has {bad} entries that are NaN or infinite",
@@ -162,8 +206,9 @@ class Ticket:
             masks = {
                 name: _unpack(tensors[f"mask/{name}"], tuple(shape)) for name, shape in found.body["masks"].items()
             }
+            stored = {k.removeprefix("weight/"): v for k, v in tensors.items() if k.startswith("weight/")}
             ticket = cls(
-                weights={k.removeprefix("weight/"): v for k, v in tensors.items() if k.startswith("weight/")},
+                weights=retied(stored, found.body.get("ties", {})),
                 masks=masks,
                 model=ModelRef(str(model["name"]), dict(model["arguments"]), tuple(model["input_shape"])),
                 provenance=Provenance(**provenance),
@@ -177,8 +222,8 @@ class Ticket:
         return ticket.validate()
 
     def _content(self) -> tuple[dict[str, bytes], dict[str, Any]]:
-        _refuse_tied(self.weights)
-        tensors = {f"weight/{k}": _own(v) for k, v in self.weights.items()}
+        aliases = ties(self.weights)
+        tensors = {f"weight/{k}": _own(v) for k, v in untied(self.weights, aliases).items()}
         tensors |= {f"mask/{k}": _pack(v) for k, v in self.masks.items()}
         body = {
             "model": {**asdict(self.model), "input_shape": list(self.model.input_shape)},
@@ -186,6 +231,7 @@ class Ticket:
             "density": round(density(self.masks), 6),
             "masks": {name: list(mask.shape) for name, mask in self.masks.items()},
             "layers": {name: _describe(mask) for name, mask in self.masks.items() if mask.dim() > 1},
+            **({"ties": aliases} if aliases else {}),
         }
         return {_PAYLOAD: bytes_from_tensors(tensors)}, body
 
@@ -215,6 +261,17 @@ class Ticket:
                 fix="prune less: a higher density, fewer rounds or a lower rate",
             )
 
+    def _validate_ties(self) -> None:
+        for alias, canonical in ties(self.weights).items():
+            first, second = self.masks.get(canonical), self.masks.get(alias)
+            if first is not None and second is not None and not torch.equal(first, second):
+                raise TicketError(
+                    f"{canonical!r} and {alias!r} are one tied tensor, but their masks differ in "
+                    f"{int((first != second).sum())} entries",
+                    expected="one mask for both names",
+                    fix="drop one of the masks, or combine them: first | second keeps what either keeps",
+                )
+
     def _validate_fit(self, state: Mapping[str, torch.Tensor]) -> None:
         missing = [name for name in state if name not in self.weights]
         unknown = [name for name in self.weights if name not in state]
@@ -234,6 +291,11 @@ class Ticket:
                 expected=f"the network it was made from ({self.model.name} {dict(self.model.arguments)})",
                 fix="pass the factory of that network, or find a ticket for this one",
             )
+
+
+def _finite(weight: torch.Tensor) -> bool:
+    """A finite sum has finite terms; only where it is not, every entry is looked at."""
+    return bool(torch.isfinite(weight.sum(dtype=torch.float32))) or bool(torch.isfinite(weight).all())
 
 
 def _describe(mask: torch.Tensor) -> dict[str, Any]:
@@ -266,17 +328,3 @@ def _own(weight: torch.Tensor) -> torch.Tensor:
     weight = weight.detach().cpu().contiguous()
     alone = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
     return weight if alone else weight.clone()
-
-
-def _refuse_tied(weights: Mapping[str, torch.Tensor]) -> None:
-    owners: dict[tuple[int, tuple[int, ...]], str] = {}
-    for name, weight in weights.items():
-        if weight.numel() == 0:
-            continue
-        other = owners.setdefault((weight.data_ptr(), tuple(weight.shape)), name)
-        if other != name:
-            raise TicketError(
-                f"{name!r} and {other!r} are one tied tensor",
-                expected="every weight stored once",
-                fix="untie them first (clone one of the two), or drop one name from the state dict",
-            )

@@ -17,9 +17,11 @@ ALLOWED = {
     "artifact": {"errors"},
     "config": {"errors"},
     "structure": {"errors", "artifact"},
-    "ticket": {"structure", "artifact", "errors"},
+    "ties": set(),
+    "masked": {"ties", "errors"},
+    "ticket": {"structure", "artifact", "masked", "ties", "errors"},
     "sparsify": {"structure", "ticket", "errors"},
-    "surgery": {"structure", "ticket", "artifact", "errors"},
+    "surgery": {"structure", "ticket", "ties", "artifact", "errors"},
     "engine": {"artifact", "config", "errors"},
     "measure": {"artifact", "config", "errors"},
     "data": {"artifact", "config", "errors"},
@@ -41,7 +43,7 @@ ALLOWED = {
         "errors",
     },
     "dynamic": {"sparsify", "surgery", "structure", "ticket", "errors"},
-    "api": {"zoo", "sparsify", "surgery", "engine", "ticket", "structure", "artifact", "config", "errors"},
+    "api": {"zoo", "sparsify", "surgery", "engine", "ticket", "structure", "ties", "artifact", "config", "errors"},
 }
 HEAVY = {"torch", "torchvision", "onnx", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx", "torch_tensorrt",
          "sklearn", "matplotlib", "safetensors", "jinja2", "pydantic", "rich", "numpy", "pycuda"}  # fmt: skip

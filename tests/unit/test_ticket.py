@@ -103,12 +103,6 @@ def test_another_architecture_is_refused_with_the_differences():
         make().validate(torch.nn.Conv2d(3, 4, 3))
 
 
-def test_tied_tensors_are_refused_by_name(tmp_path):
-    one = torch.ones(3, 3)
-    with pytest.raises(TicketError, match=r"'b' and 'a' are one tied tensor"):
-        make(weights={"a": one, "b": one}, masks={}).save(tmp_path / "t")
-
-
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
 def test_damaged_files_are_refused_by_name(tmp_path, damage):
     make().save(tmp_path / "t")
