@@ -32,6 +32,7 @@ from .surgery.compact import load_compact as load_compact_folder
 from .surgery.graph import Inputs, as_tuple, channel_groups
 from .surgery.plan import SurgeryPlan
 from .ticket import ModelRef, Provenance, Ticket
+from .ties import copied
 
 Factory = Callable[[], torch.nn.Module]
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -132,8 +133,8 @@ def oneshot_ticket(
             ``batches`` ``"activation_l1"``, ``"activation_l2"``, ``"saliency"``. Weights: ``"l1"`` or ``"magnitude"``
             (the same for one weight), ``"random"``, ``"synflow"``, or with ``batches`` ``"snip"``, ``"grasp"``.
         silent: for channels and blocks: mask what belongs to a dropped channel too (bias, norm, the columns that read
-            it), so that :func:`compact` cuts it out exactly. False masks only the rows of the weights and leaves
-            BatchNorm live.
+            it), so that it is zero everywhere. False masks only rows of weights, depthwise filters among them, and
+            leaves biases and norms live, so that a dropped channel holds a constant.
         batches: images and labels on the model's device, for the scores that need data.
         distribution: ``"uniform"``, ``"global"``, or ``"erk"``; uniform for channels and global for weights by default.
         multiple: round the kept channels of a group up to this multiple.
@@ -171,7 +172,8 @@ def oneshot_ticket(
         groups = channel_groups(model, inputs)
         choice = _Choice(model, weights, 1.0 - sparsity, score, distribution, held, seed)
         masks = _channel_masks(choice, groups, exclude, multiple)
-        masks = silence(masks, weights, groups) if silent else masks
+        whole_channels = silence(masks, weights, groups)
+        masks = whole_channels if silent else masks | _filters(model, groups, whole_channels)
     else:
         prunable = dense_masks(model, exclude=exclude)
         masks = source_masks(
@@ -212,7 +214,7 @@ def oneshot_ticket(
         "rule": asdict(rule) if rule is not None else None,
     }
     return Ticket(
-        weights={name: tensor.cpu().clone() for name, tensor in weights.items()},
+        weights=copied({name: tensor.cpu() for name, tensor in weights.items()}),
         masks={name: mask.cpu() for name, mask in masks.items()},
         model=reference or ModelRef("user factory", input_shape=shape),
         provenance=Provenance(
@@ -279,12 +281,26 @@ def _channel_masks(
         )
     masks = {rows.name: masks[rows.name] for pool in pools for rows in pool}
     if choice.score == "random":
-        rows = {name: mask.new_ones(len(mask)) for name, mask in masks.items()}
+        rows = {rows.name: masks[rows.name].new_ones(len(rows.channels)) for pool in pools for rows in pool}
         scores = entry_scores.random(rows, choice.seed)
     else:
-        scores = channel_scores(choice.score, masks, weights=choice.weights, model=choice.model, batches=choice.batches)
+        axis = {rows.name: rows.dim for pool in pools for rows in pool}  # 1 for transposed convolutions and embeddings
+        rows = {name: mask.movedim(axis[name], 0) for name, mask in masks.items()}
+        weights = {name: choice.weights[name].movedim(dim, 0) for name, dim in axis.items()}
+        scores = channel_scores(choice.score, rows, weights=weights, model=choice.model, batches=choice.batches)
     shares = densities({name: mask.shape for name, mask in masks.items()}, choice.density, choice.distribution)
     return channels(scores, masks, shares, pools, width=whole(multiple))
+
+
+def _filters(
+    model: torch.nn.Module, groups: Sequence[ChannelGroup], masks: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Of ``masks``, those of depthwise filters: weights that follow the channels of other layers."""
+    shared = {part.name for group in groups for part in group.shared}
+    convolutions = {
+        f"{path}.weight" for path, part in model.named_modules() if isinstance(part, torch.nn.modules.conv._ConvNd)
+    }
+    return {name: mask for name, mask in masks.items() if name in shared & convolutions}
 
 
 def _refuse_unknown(what: str, given: str, known: tuple[str, ...]) -> None:

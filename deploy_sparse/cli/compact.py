@@ -1,11 +1,15 @@
-"""Cut a ticket into a smaller network, verify that it computes the same function, and save it."""
+"""Cut a ticket into a smaller network, verify that it computes the same function, and save it.
+
+`deploy-sparse inspect` shows beforehand what will be cut.
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from .output import emit, table
+from .output import emit
+from .plan_text import plan_text
 
 EXAMPLES = """  deploy-sparse compact runs/imp_refill-resnet_digits/ticket --out compact
   deploy-sparse compact my_ticket --target rtx-sm89 --out compact
@@ -29,8 +33,7 @@ def execute(options: argparse.Namespace) -> int:
     summary = made.plan.summary()
 
     def text() -> str:
-        columns, rows = made.plan.layer_table()
-        return "\n".join([table(columns, rows), "", *made.plan.notes(), str(made.parity), f"written to {options.out}"])
+        return "\n".join([plan_text(made.plan), str(made.parity), f"written to {options.out}"])
 
     emit(options, {"folder": options.out, **summary}, text)
     return 0

@@ -20,6 +20,7 @@ VERBS = {
     "cat": "print a recipe's configuration with the origin of each value",
     "cp": "copy a recipe or a config here, to edit",
     "show": "say what any artifact is",
+    "inspect": "tables of layers and channel groups: what surgery cuts, what stays and why",
     "compact": "cut a ticket into a smaller network and verify it",
     "build": "compile an engine for a target",
     "profile": "time engines against a baseline, interleaved in one run",

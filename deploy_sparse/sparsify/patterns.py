@@ -100,7 +100,7 @@ def channels(
         kept = top(found.scores, min(found.size, max(1, width(budget, found.size))))
         for rows in found.pool:
             mask = result[rows.name]
-            mask.index_fill_(0, rows.positions(~kept).to(mask.device), False)
+            mask.index_fill_(rows.dim, rows.positions(~kept).to(mask.device), False)
     return result
 
 

@@ -55,7 +55,7 @@ def _written(masks: Masks, rows: Slice, size: int) -> torch.Tensor:
     channels = torch.tensor(rows.channels)  # [c_out]
     mask = masks.get(rows.name)
     alive = (
-        mask.reshape(len(mask), -1).any(dim=1).cpu()
+        mask.movedim(rows.dim, 0).reshape(mask.shape[rows.dim], -1).any(dim=1).cpu()
         if mask is not None
         else torch.ones(len(channels), dtype=torch.bool)
     )

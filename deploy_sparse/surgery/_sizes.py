@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import SequenceMatcher
 from typing import Any
 
 import torch
+from torch import nn
+from torch.fx import Node
 
 from ._axes import Ledger
 from ._values import Value, lean
 from .graph import Doubts, analyse, held
-from .trace import place
+from .trace import layer_of, place, quick_trace
 
 Shapes = tuple[torch.Size, ...]
 _SEED = 20220715
@@ -44,23 +47,36 @@ def slightly_larger(shapes: Shapes) -> Iterator[Shapes]:
         yield grown(shapes, lambda n, place: 2 * n)
 
 
-def analyse_at_any_size(module: torch.nn.Module, inputs: tuple[Any, ...], *, fixed_sizes: bool) -> Ledger:
+def analyse_at_any_size(
+    module: nn.Module, inputs: tuple[Any, ...], tensors: Mapping[str, torch.Tensor]
+) -> tuple[Ledger, Ledger | None]:
     """:func:`analyse`, with only those constants that a second analysis, at another input size, finds again.
 
     The rules know where a constant depends on the size (a sum over positions); here the rest is found: numbers that
     ``forward()`` reckons from ``x.shape``, which the graph shows as if they were written out, and operations that
     happen at some sizes only. Networks that take no other size keep everything.
+
+    Returns:
+        what was learnt, and, where other operations happen at the other size, what was learnt there.
     """
-    ledger = analyse(module, inputs, fixed_sizes=fixed_sizes)
-    if not free_size(inputs) or not _has_constants(ledger):
-        return ledger
+    ledger = analyse(module, inputs, tensors)
+    if not free_size(inputs):
+        return ledger, None
     for shapes in _much_larger(tuple(x.shape for x in inputs)):
-        floats = random_inputs(inputs, shapes, torch.Generator().manual_seed(_SEED))
-        others = tuple(x.to(like.dtype) for x, like in zip(floats, inputs, strict=True))
-        if _runs(module, others):
-            doubts = _doubts(ledger, analyse(module, others, fixed_sizes=fixed_sizes))
-            return analyse(module, inputs, fixed_sizes=fixed_sizes, doubts=doubts) if doubts else ledger
-    return ledger
+        others = tuple(
+            torch.empty(shape, dtype=x.dtype, device="meta") for shape, x in zip(shapes, inputs, strict=True)
+        )
+        traced = quick_trace(module, others, tensors)
+        if traced is None:
+            continue
+        alike = _steps(ledger.traced.nodes) == _steps(traced.nodes)
+        if alike and not _has_constants(ledger):
+            return ledger, None
+        other = analyse(module, others, tensors, again=ledger, traced=traced)
+        if doubts := _doubts(ledger, other):
+            ledger = analyse(module, inputs, tensors, doubts=doubts, again=ledger, traced=ledger.traced)
+        return ledger, None if alike else other
+    return ledger, None
 
 
 def _much_larger(shapes: Shapes) -> Iterator[Shapes]:
@@ -72,15 +88,6 @@ def _much_larger(shapes: Shapes) -> Iterator[Shapes]:
     if any(len(shape) == 3 for shape in shapes):  # [batch, tokens, features]
         yield tuple(torch.Size([s[0], s[1] + s[1] // 2 + 1, s[2]]) if len(s) == 3 else s for s in batches)
     yield batches
-
-
-@torch.no_grad()
-def _runs(module: torch.nn.Module, inputs: tuple[Any, ...]) -> bool:
-    try:
-        module(*inputs)
-    except Exception:  # any error of the user's own forward() means that it does not take this size
-        return False
-    return True
 
 
 def _has_constants(ledger: Ledger) -> bool:
@@ -98,20 +105,32 @@ def _doubts(ledger: Ledger, other: Ledger) -> Doubts:
     Every step is compared, not only what layers read: ``relu(c - height)`` may be zero at both sizes by chance.
     """
     nodes, others = ledger.traced.nodes, other.traced.nodes
-    same = [n.target for n in nodes if n.op == "call_function"] == [n.target for n in others if n.op == "call_function"]
-    same = same and [(r.weight, r.padded) for r in ledger.reads] == [(r.weight, r.padded) for r in other.reads]
-    pairs = zip(nodes, others if same else nodes, strict=True)
+    matching = _matched(nodes, others)
     doubts = {}
-    for position, (node, counterpart) in enumerate(pairs):
+    for position, node in enumerate(nodes):
         if node.op != "call_function":
             continue
         values = held(ledger, node)
-        matching = held(other, counterpart) if same else (None,) * len(values)
-        masks = tuple(_differs(v, match) for v, match in zip(values, matching, strict=True))
+        counterpart = matching.get(position)
+        theirs = held(other, others[counterpart]) if counterpart is not None else (None,) * len(values)
+        masks = tuple(_differs(v, match) for v, match in zip(values, theirs, strict=True))
         if any(bool(mask.any()) for mask in masks):
             size = f"would depend on the size of the input in {place(node)}"
-            doubts[position] = (size if same else _OTHER_OPERATIONS, masks)
+            doubts[position] = (_OTHER_OPERATIONS if counterpart is None else size, masks)
     return doubts
+
+
+def _steps(nodes: Sequence[Node]) -> list[tuple[Any, str]]:
+    return [(node.target, layer_of(node)) for node in nodes]
+
+
+def _matched(nodes: Sequence[Node], others: Sequence[Node]) -> dict[int, int]:
+    """Positions of the operations that happen at both sizes, in the same order."""
+    mine, theirs = _steps(nodes), _steps(others)
+    if mine == theirs:
+        return {position: position for position in range(len(mine))}
+    blocks = SequenceMatcher(None, mine, theirs, autojunk=False).get_matching_blocks()
+    return {block.a + i: block.b + i for block in blocks for i in range(block.size)}
 
 
 def _differs(value: Value, other: Value | None) -> torch.Tensor:

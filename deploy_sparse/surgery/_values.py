@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 UNTRACKED = -1
@@ -26,6 +27,8 @@ class Value:
         producer: weight name of the one layer that writes these channels, None after a merge.
         why: for untracked elements, what hides their channels; completes "meets …" in a message.
         state: the tensor is a parameter or a buffer, no activation.
+        sums_to_one: along the last axis, as after a softmax.
+        scales_with: weight name of the layer whose rows and bias this tensor is a multiple of, None where it is not.
     """
 
     atoms: torch.Tensor
@@ -33,6 +36,8 @@ class Value:
     producer: str | None = None
     why: str = ""
     state: bool = False
+    scales_with: str | None = None
+    sums_to_one: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -102,54 +107,75 @@ class Atoms:
     """Union-find over channels, with the reason for each channel that must stay."""
 
     def __init__(self) -> None:
-        self._parent: list[int] = []
-        self._pins: dict[int, str] = {}
+        self._parent = np.empty(0, dtype=np.int64)
+        self._pin = np.empty(0, dtype=np.int64)  # number of the reason, -1 for none
+        self._whys: list[str] = []
+        self.count = 0
 
     def fresh(self, count: int) -> torch.Tensor:
         """``count`` new channels, int64 ``[count]``, ascending."""
-        start = len(self._parent)
-        self._parent.extend(range(start, start + count))
-        return torch.arange(start, start + count)
+        start, self.count = self.count, self.count + count
+        if self.count > len(self._parent):
+            room = max(1024, 2 * self.count)
+            parent, pin = np.arange(room, dtype=np.int64), np.full(room, -1, dtype=np.int64)
+            parent[:start], pin[:start] = self._parent[:start], self._pin[:start]
+            self._parent, self._pin = parent, pin
+        return torch.arange(start, self.count)
 
     def find(self, atom: int) -> int:
         """The smallest atom joined with ``atom``."""
-        parent = self._parent
-        while parent[atom] != atom:
-            parent[atom] = parent[parent[atom]]
-            atom = parent[atom]
-        return atom
+        return int(self._roots(np.array([atom]))[0])
 
     def roots(self, atoms: torch.Tensor) -> torch.Tensor:
         """The same tensor with each atom replaced by the smallest one joined with it."""
         small = lean(atoms)
-        values, where = torch.unique(small, return_inverse=True)
-        found = torch.tensor([self.find(a) if a >= 0 else a for a in values.tolist()], dtype=torch.int64)
-        return found[where].expand(atoms.shape)
+        flat = small.reshape(-1).numpy()
+        found = np.where(flat < 0, flat, self._roots(np.maximum(flat, 0))) if self.count else flat
+        return torch.from_numpy(found).reshape(small.shape).expand(atoms.shape)
 
     def unify(self, left: torch.Tensor, right: torch.Tensor, why: str) -> None:
         """Join two broadcastable atom tensors element by element; a channel that meets an untracked one is pinned."""
-        left, right = lean(left), lean(right)
-        left, right = left + torch.zeros_like(right), right + torch.zeros_like(left)  # both at the common shape
-        pairs = torch.stack([left.reshape(-1), right.reshape(-1)], dim=1)  # [n, 2]
-        for a, b in torch.unique(pairs, dim=0).tolist():
-            if a < 0 or b < 0:
-                self._pin_one(max(a, b), why)
-            else:
-                first, second = sorted((self.find(a), self.find(b)))
-                self._parent[second] = first
+        pair = torch.broadcast_tensors(lean(left), lean(right))  # type: ignore[no-untyped-call]
+        a, b = (x.reshape(-1).numpy() for x in pair)
+        for known, unknown in ((a, b), (b, a)):
+            self._pin_all(known[(known >= 0) & (unknown < 0)], why)
+        both = (a >= 0) & (b >= 0)
+        a, b = a[both], b[both]
+        while len(a):
+            a, b = self._roots(a), self._roots(b)
+            apart = a != b
+            a, b = a[apart], b[apart]
+            np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
 
     def pin(self, atoms: torch.Tensor, why: str) -> None:
         """Make every channel in ``atoms`` stay; the first reason given is the one reported."""
-        for atom in torch.unique(lean(atoms)).tolist():
-            self._pin_one(atom, why)
+        flat = lean(atoms).reshape(-1).numpy()
+        self._pin_all(flat[flat >= 0], why)
 
     def pins(self) -> dict[int, str]:
         """Reason by channel (its smallest atom); the reason given first wins."""
-        found: dict[int, str] = {}
-        for atom, why in self._pins.items():
-            found.setdefault(self.find(atom), why)
-        return found
+        atoms = np.flatnonzero(self._pin[: self.count] >= 0)
+        reasons, roots = self._pin[atoms], self._roots(atoms)
+        found: dict[int, int] = {}
+        for root, reason in zip(roots.tolist(), reasons.tolist(), strict=True):
+            found[root] = min(reason, found.get(root, reason))
+        return {root: self._whys[reason] for root, reason in found.items()}
 
-    def _pin_one(self, atom: int, why: str) -> None:
-        if atom >= 0:
-            self._pins.setdefault(atom, why)
+    def _roots(self, atoms: np.ndarray) -> np.ndarray:
+        roots: np.ndarray = self._parent[atoms]
+        while True:
+            above = self._parent[roots]
+            if np.array_equal(above, roots):
+                break
+            roots = above
+        self._parent[atoms] = roots
+        return roots
+
+    def _pin_all(self, atoms: np.ndarray, why: str) -> None:
+        if not len(atoms):
+            return
+        free = atoms[self._pin[atoms] < 0]
+        if len(free):
+            if why not in self._whys[-1:]:
+                self._whys.append(why)
+            self._pin[free] = len(self._whys) - 1

@@ -1,65 +1,371 @@
-"""Which dead channels really go, and the cuts that follow from it."""
+"""Which channels really go: the dead ones, less those that sizes, products of axes, widths and constants hold back."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from ._axes import Leak, Ledger
-from .graph import groups_of, memberships
-from .liveness import liveness
-from .parts import Cut, Fold, GroupPlan, Stay
+import numpy as np
+import torch
 
+from ._axes import Leak, Ledger, Read
+from ._equations import Equation, Extents, Positions, equations
+from ._provenance import Derived, Expr, Extent, Setting, evaluate, leaves
+from .graph import memberships, pinned_groups
+from .liveness import carries, folds, liveness, stuck
+from .parts import GroupPlan, Kind, Stay
 
-def choose(ledger: Ledger, multiple: int) -> tuple[tuple[GroupPlan, ...], Set[int]]:
-    """What stays in each group, and the removed channels by smallest joined atom."""
-    groups, members, state = groups_of(ledger), memberships(ledger), liveness(ledger)
-    root_of = {place: root for root, place in members.items()}
-    removed = {
-        root
-        for root, (number, _) in members.items()
-        if groups[number].pinned is None and root not in state.needed and root not in state.leaks
-    }
-    last: set[int] = set()
-    for axis in ledger.axes.values():
-        roots = ledger.atoms.roots(axis.atoms).tolist()
-        if roots and all(root in removed for root in roots):
-            removed.discard(roots[0])
-            last.add(roots[0])
-    plans = []
-    for number, group in enumerate(groups):
-        roots = [root_of[number, channel] for channel in range(group.size)]
-        gone = [root for root in roots if root in removed]
-        short = -(group.size - len(gone)) % multiple
-        aligned = set(gone[:short])
-        removed -= aligned
-        stays: list[Stay] = []
-        if group.pinned is not None:
-            stays.append(Stay("pinned", tuple(range(group.size)), group.pinned))
-        else:
-            stays += _leaks({channel: state.leaks[root] for channel, root in enumerate(roots) if root in state.leaks})
-        filled = tuple(channel for channel, root in enumerate(roots) if root in aligned)
-        only = tuple(channel for channel, root in enumerate(roots) if root in last)
-        stays += [Stay("aligned", filled, f"the kept width is a multiple of {multiple}")] if filled else []
-        stays += [Stay("last", only, "every channel is dead, and a layer needs at least one")] if only else []
-        kept = tuple(channel for channel, root in enumerate(roots) if root not in removed)
-        plans.append(GroupPlan(group.name, group.size, kept, tuple(stays)))
-    return tuple(plans), removed
+_ROUNDS = 1000
 
 
-def cuts_of(ledger: Ledger, removed: Set[int], folds: Iterable[Fold]) -> tuple[Cut, ...]:
-    """The positions that stay along every tensor axis that loses some, biases that folding creates included."""
-    cuts: dict[tuple[str, int], Cut] = {}
-    for axis in ledger.axes.values():
-        roots = ledger.atoms.roots(axis.atoms).tolist()
-        kept = tuple(position for position, root in enumerate(roots) if root not in removed)
-        if len(kept) < len(roots):
-            cuts[axis.name, axis.dim] = Cut(axis.name, axis.dim, len(roots), kept)
-    for entry in folds:
-        rows = cuts.get((entry.weight, 0))
-        if entry.created and rows is not None:
-            cuts[entry.bias, 0] = Cut(entry.bias, 0, rows.size, rows.kept)
-    return tuple(cuts.values())
+@dataclass
+class Choice:
+    """What goes.
+
+    Attributes:
+        removed: bool by channel (smallest joined atom).
+        settings: new values of attributes that the code reads sizes from.
+        groups: what stays in each group and why.
+        carriers: for each read, by column that carries constants: the columns whose constants it takes up.
+    """
+
+    removed: np.ndarray
+    settings: dict[Setting, int] = field(default_factory=dict)
+    groups: tuple[GroupPlan, ...] = ()
+    carriers: list[tuple[Read, dict[int, list[int]]]] = field(default_factory=list)
+
+
+def choose(ledger: Ledger, multiple: int) -> Choice:
+    """What stays in each group, and the removed channels."""
+    return _Chooser(ledger, multiple).run()
+
+
+def choose_alike(ledger: Ledger, elsewhere: Ledger, multiple: int) -> Choice:
+    """:func:`choose`, letting go only what can also go at another input size, where other operations run."""
+    while True:
+        choices = [choose(each, multiple) for each in (ledger, elsewhere)]
+        changed = False
+        kept = [_kept(each, choice) for each, choice in zip((ledger, elsewhere), choices, strict=True)]
+        for each, choice, other in ((ledger, choices[0], kept[1]), (elsewhere, choices[1], kept[0])):
+            for key, axis in each.axes.items():
+                if key not in other:
+                    continue
+                roots = each.atoms.roots(axis.atoms)
+                gone = (roots >= 0) & torch.from_numpy(choice.removed)[roots.clamp(min=0)]
+                back = gone & torch.from_numpy(other[key]).expand(gone.shape)
+                if bool(back.any()):
+                    each.atoms.pin(roots[back], _OTHER_SIZES)
+                    changed = True
+        if not changed:
+            return choices[0]
+
+
+_OTHER_SIZES = "it is needed at other input sizes, where the network runs other operations"
+
+
+def _kept(ledger: Ledger, choice: Choice) -> dict[tuple[str, int], np.ndarray]:
+    """Which positions of each tensor axis stay."""
+    found = {}
+    for key, axis in ledger.axes.items():
+        roots = ledger.atoms.roots(axis.atoms).numpy()
+        alive = (roots < 0) | ~choice.removed[np.maximum(roots, 0)]
+        found[key] = alive.any(axis=0) if alive.ndim > 1 else alive
+    return found
+
+
+class _Chooser:
+    """Starts with every channel nobody needs and gives back until nothing is violated."""
+
+    def __init__(self, ledger: Ledger, multiple: int) -> None:
+        self.ledger, self.multiple = ledger, multiple
+        self.members = memberships(ledger)
+        self.state = liveness(ledger)
+        self.extents, self.equations = Extents(ledger), equations(ledger)
+        self.grids = [ledger.atoms.roots(grid.atoms).numpy() for grid in ledger.grids]
+        self.axes = [ledger.atoms.roots(a.atoms).numpy() for a in ledger.axes.values()]
+        self.reads = [(r, ledger.atoms.roots(r.atoms).numpy()) for r in ledger.reads if not folds(r) and carries(r)]
+        self.dense = {
+            leaf: self._setting(leaf)
+            for leaf in {leaf for e in self.equations for leaf in leaves(e.expr) if isinstance(leaf, Setting)}
+        }
+        self.balanced = [
+            ([Positions(ledger.atoms.roots(part).numpy()) for part in parts], where) for parts, where in ledger.balanced
+        ]
+        self.why: dict[int, tuple[Kind, str]] = {}
+        self.removed = self._dead()
+
+    def run(self) -> Choice:
+        steps: Sequence[Callable[[], bool]] = (
+            self._products,
+            self._nothing_empty,
+            self._balance,
+            self._sizes,
+            self._widths,
+            self._constants,
+        )
+        for _ in range(_ROUNDS):
+            if not any([step() for step in steps]):
+                return Choice(self.removed, self._settings(), self._plans(), self._carriers())
+        raise RuntimeError("the sizes of the narrowed network do not settle")  # each round gives something back
+
+    def _dead(self) -> np.ndarray:
+        """What nobody needs: channels that layers write, and positions that hold nothing but products of them."""
+        removed = np.zeros(self.ledger.atoms.count, dtype=bool)
+        everything = np.arange(self.ledger.atoms.count)
+        roots = self.ledger.atoms._roots(everything) if len(everything) else everything
+        removed[np.unique(roots)] = True
+        removed &= ~self.state.needed
+        removed[list(self.state.leaks)] = False
+        for root in self.ledger.atoms.pins():
+            removed[root] = False
+        return removed
+
+    def _give_back(self, roots: Iterable[int], kind: Kind, reason: str) -> bool:
+        back = [root for root in roots if root >= 0 and self.removed[root]]
+        for root in back:
+            self.removed[root] = False
+            self.why[root] = (kind, reason)
+        return bool(back)
+
+    def _alive(self, roots: np.ndarray) -> np.ndarray:
+        alive: np.ndarray = (roots < 0) | ~self.removed[np.maximum(roots, 0)]
+        return alive
+
+    def _products(self) -> bool:
+        """A tensor keeps the same positions along one axis wherever it is on the others."""
+        changed = False
+        for grid in self.grids:
+            alive = self._alive(grid)
+            full = np.ones((), dtype=bool)
+            for axis in range(grid.ndim):
+                others = tuple(d for d in range(grid.ndim) if d != axis)
+                full = full & alive.any(axis=others, keepdims=True)
+            missing = grid[full & ~alive]
+            if len(missing):
+                reason = "others at the same position of the split axis stay"
+                changed |= self._give_back(np.unique(missing).tolist(), "product", reason)
+        return changed
+
+    def _nothing_empty(self) -> bool:
+        changed = False
+        for roots in self.axes:
+            if roots.size and not self._alive(roots).any():
+                first = roots.reshape(len(roots), -1)[:, 0] if roots.ndim > 1 else roots[:1]
+                changed |= self._give_back(
+                    first.tolist(), "last", "every channel is dead, and a layer needs at least one"
+                )
+        return changed
+
+    def _balance(self) -> bool:
+        """Equal parts of an axis keep equally many positions."""
+        changed = False
+        for parts, where in self.balanced:
+            most = max(part.kept(self.removed) for part in parts)
+            for part in parts:
+                if part.kept(self.removed) < most:
+                    changed |= self._grow(part, most, f"{where} takes equal parts")
+        return changed
+
+    def _widths(self) -> bool:
+        if self.multiple == 1:
+            return False
+        changed = False
+        for number, size in enumerate(self.members.sizes):
+            own = np.flatnonzero(self.members.group == number)
+            gone = own[self.removed[own]].tolist()
+            back = gone[: -(size - len(gone)) % self.multiple]
+            changed |= self._give_back(back, "aligned", f"the kept width is a multiple of {self.multiple}")
+        return changed
+
+    def _constants(self) -> bool:
+        """Where constants cannot go into a bias, one channel that holds one must stay to carry them."""
+        wanting: list[tuple[Read, np.ndarray, np.ndarray]] = []
+        for read, roots in self.reads:
+            gone, keeps = self._carried(read, roots)
+            for segment in np.flatnonzero(gone.any(axis=1) & ~keeps.any(axis=1)).tolist():
+                columns = np.flatnonzero(gone[segment])
+                wanting.append(
+                    (read, roots.reshape(read.groups, -1)[segment, columns], self._values(read)[segment, columns])
+                )
+        if not wanting:
+            return False
+        asked: dict[int, int] = {}
+        for _, roots, _ in wanting:
+            for root in roots.tolist():
+                asked[root] = asked.get(root, 0) + 1
+        changed = False
+        for read, roots, values in wanting:
+            if not self._alive(roots).any():
+                best = max(range(len(roots)), key=lambda i: (asked[int(roots[i])], abs(values[i])))
+                others = len(roots) - 1
+                kind: Kind = "carrier"
+                reason = f"carries the constants of {others} others through layer {read.layer!r}"
+                if not others:
+                    kind, reason = "leak", f"constant {values[best]:.3g} {stuck(read)}"
+                changed |= self._give_back([int(roots[best])], kind, reason)
+        return changed
+
+    def _values(self, read: Read) -> np.ndarray:
+        return read.constant.numpy().reshape(read.groups, -1)
+
+    def _carried(self, read: Read, roots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Columns that go with a constant the layer uses, and columns that stay and hold one, ``[groups, ci]``."""
+        value = np.nan_to_num(read.constant.numpy())
+        alive = self._alive(roots)
+        gone = ~alive & (value != 0) & ~read.ignored.numpy()
+        keeps = alive & (value != 0)
+        return gone.reshape(read.groups, -1), keeps.reshape(read.groups, -1)
+
+    def _carriers(self) -> list[tuple[Read, dict[int, list[int]]]]:
+        found = []
+        for read, roots in self.reads:
+            gone, keeps = self._carried(read, roots)
+            width, taken = gone.shape[1], {}
+            for segment in np.flatnonzero(gone.any(axis=1)).tolist():
+                value = np.abs(np.where(keeps[segment], self._values(read)[segment], 0))
+                taken[segment * width + int(value.argmax())] = (
+                    segment * width + np.flatnonzero(gone[segment])
+                ).tolist()
+            if taken:
+                found.append((read, taken))
+        return found
+
+    def _setting(self, setting: Setting) -> int:
+        value = getattr(self.ledger.module.get_submodule(setting.module), setting.name)
+        return int(value if setting.index is None else value[setting.index])
+
+    def _settings(self) -> dict[Setting, int]:
+        """The largest number that any of its uses asks for; the others then keep more."""
+        found: dict[Setting, int] = {}
+        for equation in self.equations:
+            if isinstance(equation.expr, Setting):
+                kept = equation.positions.kept(self.removed)
+                found[equation.expr] = max(kept, found.get(equation.expr, 0))
+        asked: dict[Setting, int] = {}
+        for equation in self.equations:
+            solution = _solved(equation.expr, equation.positions.kept(self.removed), found)
+            if solution is not None and solution[0] not in found:
+                asked[solution[0]] = max(solution[1], asked.get(solution[0], 0))
+        return found | asked
+
+    def _sizes(self) -> bool:
+        changed, settings = False, self._settings()
+
+        def value_of(leaf: Extent | Setting) -> int:
+            if isinstance(leaf, Extent):
+                return self.extents.size(leaf.node, leaf.dim, self.removed)
+            return settings.get(leaf, self.dense.get(leaf, 0))
+
+        for equation in self.equations:
+            stated, kept = evaluate(equation.expr, value_of), equation.positions.kept(self.removed)
+            if stated == kept:
+                continue
+            reason = f"the size is stated by {equation.where}"
+            if kept < stated:
+                done = self._grow(equation.positions, stated, reason)
+            else:
+                done = self._raise(equation.expr, kept, value_of, reason)
+            changed |= done or self._keep_all(equation, reason)
+        return changed
+
+    def _grow(self, positions: Positions, count: int, reason: str) -> bool:
+        """Give whole positions back, the first ones, until ``count`` stay."""
+        dead = np.flatnonzero(~positions.alive(self.removed))
+        chosen = dead[: max(0, count - positions.kept(self.removed))]
+        return self._give_back(np.unique(positions.roots[chosen]).tolist(), "size", reason)
+
+    def _raise(self, expr: Expr, wanted: int, value_of: Callable[[Extent | Setting], int], reason: str) -> bool:
+        """Give back so that ``expr`` grows to ``wanted``."""
+        if isinstance(expr, Extent):
+            found = self.extents.positions(expr.node, expr.dim)
+            return isinstance(found, Positions) and self._grow(found, wanted, reason)
+        if not isinstance(expr, Derived):
+            return False
+        left, right = evaluate(expr.left, value_of), evaluate(expr.right, value_of)
+        if expr.operation == "//" and right:
+            return self._raise(expr.left, wanted * right, value_of, reason)
+        if expr.operation == "*" and left and right:
+            return self._raise(expr.left, -(-wanted // right), value_of, reason) or self._raise(
+                expr.right, -(-wanted // left), value_of, reason
+            )
+        if expr.operation in "+-":
+            back = right if expr.operation == "+" else -right
+            return self._raise(expr.left, wanted - back, value_of, reason)
+        return False
+
+    def _keep_all(self, equation: Equation, reason: str) -> bool:
+        """Nothing clever: everything this size depends on stays."""
+        changed = self._grow(equation.positions, len(equation.positions.roots), reason)
+        for leaf in leaves(equation.expr):
+            if isinstance(leaf, Extent):
+                found = self.extents.positions(leaf.node, leaf.dim)
+                if isinstance(found, Positions):
+                    changed |= self._grow(found, len(found.roots), reason)
+            else:
+                for other in self.equations:
+                    if leaf == other.expr:
+                        changed |= self._grow(other.positions, len(other.positions.roots), reason)
+        return changed
+
+    def _plans(self) -> tuple[GroupPlan, ...]:
+        pins, pinned = self.ledger.atoms.pins(), pinned_groups(self.ledger, self.members)
+        names = self._names()
+        plans = []
+        for number, size in enumerate(self.members.sizes):
+            own = np.flatnonzero(self.members.group == number).tolist()
+            stays: list[Stay] = []
+            if number in pinned:
+                held = tuple(channel for channel, root in enumerate(own) if root in pins)
+                stays.append(Stay("pinned", held, pinned[number]))
+            leaks = {c: self.state.leaks[root] for c, root in enumerate(own) if root in self.state.leaks}
+            stays += _leaks({c: leak for c, leak in leaks.items() if not any(c in s.channels for s in stays)})
+            back: dict[tuple[Kind, str], list[int]] = {}
+            for channel, root in enumerate(own):
+                if root in self.why:
+                    back.setdefault(self.why[root], []).append(channel)
+            stays += [Stay(kind, tuple(channels), reason) for (kind, reason), channels in back.items()]
+            kept = tuple(channel for channel, root in enumerate(own) if not self.removed[root])
+            plans.append(GroupPlan(names[number][0], size, kept, tuple(stays), tuple(names[number][1])))
+        return tuple(plans)
+
+    def _names(self) -> list[tuple[str, list[str]]]:
+        """For each group its first producer and all tensors it spans."""
+        first: dict[int, str] = {}
+        spans: list[dict[str, None]] = [{} for _ in self.members.sizes]
+        for axis, roots in zip(self.ledger.axes.values(), self.axes, strict=True):
+            numbers = self.members.group[roots[roots >= 0]]
+            for number in np.unique(numbers[numbers >= 0]).tolist():
+                spans[number].setdefault(axis.name)
+                if axis.role == "producer":
+                    first.setdefault(number, axis.name)
+        return [(first[number], list(span)) for number, span in enumerate(spans)]
+
+
+def _solved(expr: Expr, wanted: int, known: Mapping[Setting, int]) -> tuple[Setting, int] | None:
+    """The one unknown attribute among numbers, and the least value that gives ``wanted``."""
+    if isinstance(expr, Setting):
+        return None if expr in known else (expr, wanted)
+    if not isinstance(expr, Derived):
+        return None
+    left, right = (_number(side, known) for side in (expr.left, expr.right))
+    if expr.operation == "*" and left:
+        return _solved(expr.right, -(-wanted // left), known)
+    if expr.operation == "*" and right:
+        return _solved(expr.left, -(-wanted // right), known)
+    if expr.operation == "//" and right:
+        return _solved(expr.left, wanted * right, known)
+    if expr.operation == "+" and right is not None:
+        return _solved(expr.left, wanted - right, known)
+    if expr.operation == "-" and right is not None:
+        return _solved(expr.left, wanted + right, known)
+    return None
+
+
+def _number(expr: Expr, known: Mapping[Setting, int]) -> int | None:
+    if isinstance(expr, int):
+        return expr
+    return known.get(expr) if isinstance(expr, Setting) else None
 
 
 def _leaks(leaks: Mapping[int, Leak]) -> list[Stay]:

@@ -13,11 +13,14 @@ from safetensors.torch import save as bytes_from_tensors
 from torch import nn
 
 from .. import artifact
-from ..errors import SurgeryError
+from ..errors import ExportError, SurgeryError
 from ..ticket import Ticket
+from ..ties import retied, tie_, ties, untied
 from .graph import Inputs, as_tuple
-from .narrow import narrow_
+from .narrow import narrowed
 from .plan import REMAKE, SurgeryPlan, decide
+from .program import FILE as PROGRAM
+from .program import program_bytes
 from .verify import Parity, verify
 
 _PAYLOAD = "compact.safetensors"
@@ -50,9 +53,15 @@ class Compact:
         Raises:
             ArtifactError: ``folder`` holds something else, or cannot be written.
         """
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.module.state_dict().items()}
-        payload = {_PAYLOAD: bytes_from_tensors(tensors)}
-        return artifact.write_artifact(Path(folder), "plan", payload, self.plan.to_json()).folder
+        state = self.module.state_dict()
+        aliases = ties(state)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in untied(state, aliases).items()}
+        payload, body = {_PAYLOAD: bytes_from_tensors(tensors)}, self.plan.to_json() | {"ties": aliases}
+        try:
+            payload[PROGRAM] = program_bytes(self.module, self.example_inputs)
+        except ExportError as problem:
+            body["program"] = problem.given
+        return artifact.write_artifact(Path(folder), "plan", payload, body).folder
 
 
 def compact(
@@ -75,7 +84,7 @@ def compact(
     inputs = _default_inputs(ticket) if example_inputs is None else example_inputs
     decision = decide(ticket, module, inputs, multiple=multiple)
     parity = verify(decision.dense, decision.compact, inputs, exact=decision.exact)
-    return Compact(decision.compact, replace(decision.plan, parity=parity), as_tuple(inputs))
+    return Compact(decision.compact, replace(decision.plan, ticket=ticket.hash, parity=parity), as_tuple(inputs))
 
 
 def load_compact(folder: str | Path, factory: Callable[[], nn.Module]) -> nn.Module:
@@ -91,10 +100,12 @@ def load_compact(folder: str | Path, factory: Callable[[], nn.Module]) -> nn.Mod
     """
     found = artifact.read_artifact(Path(folder), "plan", remake=REMAKE)
     plan = SurgeryPlan.from_json(found.body)
-    tensors = tensors_from_bytes((found.folder / _PAYLOAD).read_bytes())
-    module = narrow_(_skeleton(factory), plan.cuts, plan.folds)
+    aliases = dict(found.body.get("ties", {}))
+    tensors = retied(tensors_from_bytes((found.folder / _PAYLOAD).read_bytes()), aliases)
+    module = narrowed(_skeleton(factory), plan.shape)
     _refuse_other_architecture(module.state_dict(), tensors, plan)
     module.load_state_dict(tensors, assign=True)
+    tie_(module, aliases)
     return module.eval()
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from ._words import names
+from .trace import arguments, operation
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,67 @@ class Cost:
 
     parameters: int
     macs: int
+
+
+def cost_of_trace(nodes: Iterable[Node], parameters: int, batch: int) -> Cost:
+    """The cost of a traced network, as :func:`cost_of` has it.
+
+    Args:
+        nodes: all operations that ran, see :class:`~.trace.Traced`.
+        parameters: their number.
+        batch: samples in the inputs of the trace.
+    """
+    return Cost(parameters, sum(map(_macs, nodes)) // max(1, batch))
+
+
+def _macs(node: Node) -> int:
+    """Multiply-accumulates of one operation; each number of a result is a sum of products."""
+    name = operation(node)[0]
+    if name not in _PRODUCTS:
+        return 0
+    given = arguments(node)
+
+    def shape(key: str) -> torch.Size:
+        return given[key].meta["val"].shape  # type: ignore[no-any-return]
+
+    made = node.meta["val"].numel()
+    match name:
+        case "linear":
+            return int(made * shape("weight")[1])
+        case "matmul" | "bmm" | "mm":
+            return int(made * node.args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
+        case "baddbmm":
+            return int(made * shape("batch1")[-1])
+        case "addmm":
+            return int(made * shape("mat1")[-1])
+        case "einsum":
+            return _einsum_macs(str(given["equation"]), [x.meta["val"].shape for x in given["tensors"]])
+        case "scaled_dot_product_attention":
+            query, key = shape("query"), shape("key")
+            return int(query.numel() * key[-2] + made * key[-2])
+        case _ if "transpose" in name:
+            return int(shape("input").numel() * shape("weight")[1:].numel())
+        case _:
+            return int(made * shape("weight")[1:].numel())
+
+
+_PRODUCTS = names(
+    "linear matmul bmm mm baddbmm addmm einsum scaled_dot_product_attention conv1d conv2d conv3d "
+    "conv_transpose1d conv_transpose2d conv_transpose3d"
+)
+
+
+def _einsum_macs(equation: str, shapes: list[torch.Size]) -> int:
+    """The size of the index space; a broadcast ellipsis counts once."""
+    sizes: dict[str, int] = {}
+    rest = torch.Size()
+    for axes, shape in zip(equation.replace(" ", "").partition("->")[0].split(","), shapes, strict=True):
+        before, dots, after = axes.partition("...")
+        hidden = len(shape) - len(before) - len(after)
+        sizes |= dict(zip(before, shape, strict=False))
+        sizes |= dict(zip(after, shape[len(shape) - len(after) :], strict=True))
+        rest = max(rest, shape[len(before) : len(before) + hidden], key=lambda s: s.numel()) if dots else rest
+    return int(torch.Size(sizes.values()).numel() * rest.numel()) if len(shapes) > 1 else 0
 
 
 @torch.no_grad()

@@ -2,63 +2,102 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from torch import nn
 from torch.fx import Node
 
 from ..structure import ChannelGroup, Producer, Slice
-from . import _flow_rules, _layer_rules
-from ._axes import Axis, Ledger
-from ._values import Value, compressed, untracked
-from .trace import operation, overwritten, place, trace
+from . import _flow_rules, _layer_rules, _norm_rules, _product_rules
+from ._axes import Axis, Grid, Ledger
+from ._equations import equations
+from ._memory import overwrite
+from ._scaling import fix_unscalable
+from ._skeleton import to_meta, with_tensors
+from ._substitute import with_open_attention
+from ._values import Atoms, Value, compressed, lean, untracked, varying
+from .trace import Traced, is_pick, place, trace
 
 Inputs = torch.Tensor | tuple[Any, ...]
+Unit = Literal["dims", "heads"]
 Doubts = Mapping[int, tuple[str, tuple[torch.Tensor, ...]]]
 NETWORK_OUTPUT = "network output"
 """Why the channels of a classifier's last layer stay; the one reason that every network has."""
 
 
-def channel_groups(module: torch.nn.Module, example_inputs: Inputs) -> tuple[ChannelGroup, ...]:
+def channel_groups(
+    module: nn.Module, example_inputs: Inputs, *, unit: Unit = "dims", norms: bool = True
+) -> tuple[ChannelGroup, ...]:
     """The channel groups of a network, in the order of their first producer.
 
     Args:
-        module: any module that ``torch.export`` can trace; it is not changed.
+        module: any module that runs without data-dependent control flow; it is not changed, and may lie on ``meta``.
         example_inputs: one tensor with a batch axis, or the tuple of positional inputs.
+        unit: what one channel is where the code splits an axis in two, as attention does into heads and dimensions and
+            a grouped convolution into groups and positions: ``"dims"``, the same position of every head or group, or
+            ``"heads"``, a head or group as a whole.
+        norms: whether channels that a LayerNorm, RMSNorm or GroupNorm counts may go; surgery then puts a norm in its
+            place that keeps the dense network's statistics.
 
     Raises:
         SurgeryError: the network cannot be traced.
     """
-    return groups_of(analyse(module, example_inputs))
+    shell = with_open_attention(with_tensors(module, lambda _, x: to_meta(x)))[0]
+    state = {name: x.detach() for name, x in (*module.named_parameters(), *module.named_buffers())}
+    ledger = analyse(shell, as_tuple(example_inputs), state)
+    for use in ledger.norms:
+        if use.module is None or not norms:
+            ledger.atoms.pin(use.atoms, use.fixed or f"{use.place} is to keep its width")
+    for grid in ledger.grids:
+        _coarsen(ledger, grid, unit)
+    for parts, where in ledger.balanced:  # what is chosen one by one goes from all parts
+        for part in parts[1:]:
+            ledger.atoms.unify(parts[0], part, f"channels meet others that cannot go at {where}")
+    for equation in equations(ledger):
+        if isinstance(equation.expr, int):  # one channel less at such a position would change a size in the code
+            alone = (equation.positions.roots == equation.positions.roots[:, :1]).all(axis=1)
+            roots = torch.from_numpy(equation.positions.roots[alone, 0])
+            ledger.atoms.pin(roots, f"the size is stated by {equation.where}")
+    return groups_of(ledger)
 
 
 def analyse(
-    module: torch.nn.Module, example_inputs: Inputs, *, fixed_sizes: bool = False, doubts: Doubts | None = None
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    tensors: Mapping[str, torch.Tensor] | None = None,
+    *,
+    doubts: Doubts | None = None,
+    again: Ledger | None = None,
+    traced: Traced | None = None,
 ) -> Ledger:
     """Walk the traced graph once and return what was learnt about channels and constants.
 
     Args:
-        module: the network with the weights whose constants matter.
-        example_inputs: as in :func:`channel_groups`.
-        fixed_sizes: take every size written into a reshape as fixed, and pin the channels it counts.
+        module: the network; its tensors may lie on the ``meta`` device.
+        inputs: positional inputs.
+        tensors: the weights whose constants matter, by name; by default the module's own.
         doubts: constants not to rely on, by position of the operation: the cause and a mask for each output.
+        again: an earlier analysis of the same weights, so that they need not be looked at again.
+        traced: the trace, where it is known already.
     """
-    traced = trace(module, as_tuple(example_inputs))
-    ledger = Ledger(traced, module, fixed_sizes)
+    traced = traced or trace(module, inputs, tensors)
+    ledger = Ledger(traced, module, usage={} if again is None else again.usage)
     last_use = {source: position for position, node in enumerate(traced.nodes) for source in node.all_input_nodes}
     for position, node in enumerate(traced.nodes):
         if node.op == "call_function":
             ledger.values[node] = _apply(ledger, node)
             if doubts and position in doubts:
                 _doubt(ledger, node, *doubts[position])
-            _overwrite(ledger, node, position, last_use)
+            overwrite(ledger, node, position, last_use)
         elif node.op == "output":
             for source in node.all_input_nodes:
                 for value in held(ledger, source):
                     ledger.pin(value, NETWORK_OUTPUT)
+    fix_unscalable(ledger)
     for name, why in ledger.reshaped_state.items():
         for axis in [a for a in ledger.axes.values() if a.name == name]:
             ledger.atoms.pin(axis.atoms, why)
@@ -68,24 +107,83 @@ def analyse(
 def groups_of(ledger: Ledger) -> tuple[ChannelGroup, ...]:
     """Channels that share a producer's axis form one group."""
     members = memberships(ledger)
-    pins = ledger.atoms.pins()
-    slices: list[list[tuple[Axis, Slice]]] = [[] for _ in range(1 + max((g for g, _ in members.values()), default=-1))]
+    slices: list[list[tuple[Axis, Slice]]] = [[] for _ in members.sizes]
     for axis in ledger.axes.values():
-        found = [members.get(atom, (-1, -1)) for atom in ledger.atoms.roots(axis.atoms).tolist()]
-        for number in sorted({group for group, _ in found if group >= 0}):
-            channels = tuple(channel if group == number else -1 for group, channel in found)
-            slices[number].append((axis, Slice(axis.name, axis.dim, channels)))
-    sizes = [0] * len(slices)
-    reasons: list[str | None] = [None] * len(slices)
-    for root, (number, _) in sorted(members.items()):
-        sizes[number] += 1
-        reasons[number] = reasons[number] or pins.get(root)
-    return tuple(_group(size, parts, pinned) for size, parts, pinned in zip(sizes, slices, reasons, strict=True))
+        atoms = axis.atoms if axis.atoms.dim() == 1 else axis.atoms[0]
+        roots = ledger.atoms.roots(atoms).numpy()
+        numbers = np.where(roots < 0, -1, members.group[np.maximum(roots, 0)])
+        for number in np.unique(numbers[numbers >= 0]).tolist():
+            channels = np.where(numbers == number, members.channel[np.maximum(roots, 0)], -1)
+            slices[number].append((axis, Slice(axis.name, axis.dim, tuple(channels.tolist()))))
+    reasons = pinned_groups(ledger, members)
+    return tuple(
+        _group(size, parts, reasons.get(number))
+        for number, (size, parts) in enumerate(zip(members.sizes, slices, strict=True))
+    )
+
+
+def pinned_groups(ledger: Ledger, members: Members) -> dict[int, str]:
+    """Why a group's channels must stay: the reason of its first channel that has one."""
+    found: dict[int, str] = {}
+    for root, why in sorted(ledger.atoms.pins().items()):
+        number = int(members.group[root])
+        if number >= 0:
+            found.setdefault(number, why)
+    return found
 
 
 def as_tuple(example_inputs: Inputs) -> tuple[Any, ...]:
     """Positional inputs as a tuple."""
     return (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
+
+
+def held(ledger: Ledger, node: Node) -> tuple[Value, ...]:
+    """The tensors a node gives, none for nodes without."""
+    known = ledger.values.get(node)
+    if isinstance(known, tuple):
+        return known
+    return (ledger.value(node),) if known is not None or "val" in node.meta else ()
+
+
+@dataclass(frozen=True)
+class Members:
+    """Which group every channel that some layer writes belongs to, by smallest joined atom.
+
+    Attributes:
+        group: number of the group, -1 for none, int ``[atoms]``.
+        channel: position in the group, int ``[atoms]``.
+        sizes: channels of each group.
+    """
+
+    group: np.ndarray
+    channel: np.ndarray
+    sizes: tuple[int, ...]
+
+
+def memberships(ledger: Ledger) -> Members:
+    """The groups in the order of their first producers."""
+    together = Atoms()
+    together.fresh(ledger.atoms.count)
+    firsts: list[int] = []
+    for axis in ledger.axes.values():
+        if axis.role == "producer":
+            roots = ledger.atoms.roots(axis.atoms).reshape(-1)
+            together.unify(roots[:1], roots, "")
+            firsts.append(int(roots[0]))
+    numbers = {head: number for number, head in enumerate(dict.fromkeys(map(together.find, firsts)))}
+    group = np.full(ledger.atoms.count, -1)
+    channel = np.zeros(ledger.atoms.count, dtype=np.int64)
+    written = [ledger.atoms.roots(a.atoms).reshape(-1) for a in ledger.axes.values() if a.role == "producer"]
+    if written:
+        roots = torch.unique(torch.cat(written))  # ascending
+        heads = together.roots(roots).tolist()
+        group[roots.numpy()] = [numbers[head] for head in heads]
+    sizes = []
+    for number in range(len(numbers)):
+        own = np.flatnonzero(group == number)
+        channel[own] = np.arange(len(own))
+        sizes.append(len(own))
+    return Members(group, channel, tuple(sizes))
 
 
 def _group(size: int, parts: list[tuple[Axis, Slice]], pinned: str | None) -> ChannelGroup:
@@ -109,47 +207,30 @@ def _group(size: int, parts: list[tuple[Axis, Slice]], pinned: str | None) -> Ch
     )
 
 
-def memberships(ledger: Ledger) -> dict[int, tuple[int, int]]:
-    """``(group number, channel in the group)`` by smallest joined atom, for every channel that some layer writes."""
-    producers = [axis for axis in ledger.axes.values() if axis.role == "producer"]
-    rows = [ledger.atoms.roots(axis.atoms).tolist() for axis in producers]
-    group_of: dict[int, int] = {}
-    merged: list[int] = []  # group number -> the smaller group it was merged into, or itself
-    for channels in rows:
-        met = sorted({_head(merged, group_of[c]) for c in channels if c in group_of})
-        home = met[0] if met else len(merged)
-        if not met:
-            merged.append(home)
-        for other in met[1:]:
-            merged[other] = home
-        for channel in channels:
-            group_of.setdefault(channel, home)
-    heads = sorted({_head(merged, g) for g in group_of.values()})
-    members: dict[int, tuple[int, int]] = {}
-    for number, head in enumerate(heads):
-        own = sorted(c for c, g in group_of.items() if _head(merged, g) == head)
-        members |= {channel: (number, position) for position, channel in enumerate(own)}
-    return members
-
-
-def _head(merged: list[int], group: int) -> int:
-    while merged[group] != group:
-        group = merged[group]
-    return group
+def _coarsen(ledger: Ledger, grid: Grid, unit: Unit) -> None:
+    """Join the channels of a grid so that those left go one by one without breaking its product form."""
+    roots = compressed(ledger.atoms.roots(grid.atoms))
+    axes = list(varying(roots))
+    if len(axes) < 2:
+        return
+    free = [d for d in axes if d not in grid.fixed] or axes
+    kept = free[-1] if unit == "dims" else free[0]
+    small = lean(roots)
+    others = [d for d in axes if d != kept]
+    ledger.atoms.unify(small.amax(dim=others, keepdim=True), small, "channels meet others that cannot go")
 
 
 def _apply(ledger: Ledger, node: Node) -> Value | tuple[Value, ...]:
-    if node.target is operator.getitem:
+    if is_pick(node):
         source, index = node.args
         found = ledger.values[source]  # type: ignore[index]
         return found[index] if isinstance(found, tuple) else found  # type: ignore[index]
-    if operation(node)[0] == "_assert_tensor_metadata":
-        return untracked((), "")  # what export leaves of a cast: it computes nothing
-    layer = _layer_rules.rule_for(node)
-    if layer is not None:
-        problem = _layer_rules.unsupported(ledger, node)
-        return layer(ledger, node) if problem is None else _give_up(ledger, node, problem)
-    flow = _flow_rules.rule_for(node)
+    for rules in (_layer_rules, _norm_rules):
+        layer = rules.rule_for(node)
+        if layer is not None:
+            problem = rules.unsupported(ledger, node)
+            return layer(ledger, node) if problem is None else _give_up(ledger, node, problem)
+    flow = _product_rules.rule_for(node) or _flow_rules.rule_for(node)
     return flow(ledger, node) if flow is not None else _give_up(ledger, node, f"unknown operation {place(node)}")
 
 
@@ -169,54 +250,9 @@ def _give_up(ledger: Ledger, node: Node, why: str) -> Value | tuple[Value, ...]:
     for source in node.all_input_nodes:
         for value in held(ledger, source):
             ledger.pin(value, why)
+        if ledger.is_state(source):
+            ledger.reshaped_state.setdefault(ledger.name(source), why)
     outputs = node.meta.get("val")
     if isinstance(outputs, list | tuple):
         return tuple(untracked(o.shape if isinstance(o, torch.Tensor) else (), why) for o in outputs)
     return untracked(outputs.shape if isinstance(outputs, torch.Tensor) else (), why)
-
-
-def held(ledger: Ledger, node: Node) -> tuple[Value, ...]:
-    """The tensors a node gives, none for nodes without."""
-    known = ledger.values.get(node)
-    if isinstance(known, tuple):
-        return known
-    return (ledger.value(node),) if known is not None or "val" in node.meta else ()
-
-
-def _overwrite(ledger: Ledger, node: Node, position: int, last_use: dict[Node, int]) -> None:
-    """After an in-place operation every tensor over the same memory holds the result too.
-
-    A tensor of the same extent has exactly the result's value; of other views only that they changed is known.
-    """
-    for target in overwritten(node):
-        if last_use[target] > position:
-            ledger.values[target] = ledger.values[node]
-        for other in list(ledger.values):
-            stale = last_use.get(other, -1) > position and other not in (node, target)
-            if not stale or not _memory(other) & _memory(target):
-                continue
-            if _extent(other) == _extent(target):
-                ledger.values[other] = ledger.values[node]
-            else:
-                _give_up_view(ledger, other, f"memory shared with in-place {place(node)}")
-
-
-def _give_up_view(ledger: Ledger, node: Node, why: str) -> None:
-    values = held(ledger, node)
-    for value in values:
-        ledger.pin(value, why)
-    changed = tuple(untracked(value.shape, why) for value in values)
-    ledger.values[node] = changed if isinstance(ledger.values[node], tuple) else changed[0]
-
-
-def _memory(node: Node) -> set[int]:
-    outputs = node.meta.get("val")
-    tensors = outputs if isinstance(outputs, list | tuple) else (outputs,)
-    return {t.untyped_storage()._cdata for t in tensors if isinstance(t, torch.Tensor)}
-
-
-def _extent(node: Node) -> tuple[Any, ...]:
-    tensor = node.meta["val"]
-    if not isinstance(tensor, torch.Tensor):
-        return (node,)
-    return (tensor.shape, tensor.stride(), tensor.storage_offset())

@@ -1,19 +1,22 @@
 """Which channels nobody needs, judged from the weights and not from how the masks were made.
 
-A channel may go when every layer that reads it reads the constant zero, or ignores it, or can take up the constant it
-reads in a bias. That last way is exact only where the layer pads nothing: behind zero padding a constant is none.
+A channel may go when everything that reads it reads a constant, or ignores it, or is itself not needed. Constants
+other than zero go on in a bias, or, behind zero padding, in one channel that is kept for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from ._axes import Leak, Ledger, Read
+from ._axes import Leak, Ledger, Mixing, NormUse, Read
 from ._layer_rules import leaks_through
-from .parts import Fold
+from ._weights import used
+
+Bools = np.ndarray
 
 
 @dataclass(frozen=True)
@@ -21,49 +24,119 @@ class Liveness:
     """Channels by smallest joined atom.
 
     Attributes:
-        needed: some layer reads values that depend on the input.
+        needed: some layer reads values that depend on the input, bool ``[atoms]``.
         leaks: a layer writes nothing but a constant into it, yet it cannot go: the reason.
     """
 
-    needed: Set[int]
+    needed: Bools
     leaks: Mapping[int, Leak]
 
 
 def liveness(ledger: Ledger) -> Liveness:
-    """Judge every channel by all the layers that read it."""
-    needed: dict[int, str] = {}  # the layer that reads it first
+    """Judge every channel by all that read it, from the network's end to its beginning."""
+    needed = np.zeros(ledger.atoms.count, dtype=bool)
+    needed[list(ledger.atoms.pins())] = True
+    uses: list[Read | Mixing | NormUse] = [*ledger.mixings, *ledger.norms, *ledger.reads]
+    steps = [_step(ledger, use) for use in uses]
+    changed = True
+    while changed:
+        before = int(needed.sum())
+        for step in reversed(steps):
+            step.spread_(needed)
+        changed = int(needed.sum()) > before
     leaks: dict[int, Leak] = {}
-    for read in ledger.reads:
-        roots = ledger.atoms.roots(read.atoms)  # [columns]
-        used = (roots >= 0) & ~read.ignored
-        constant = ~read.constant.isnan()
-        for root in roots[used & ~constant & ~read.uneven].tolist():
-            needed.setdefault(root, read.layer)
-        for column in (used & (read.uneven | (constant & (read.constant != 0)))).nonzero().flatten().tolist():
-            leak = _leak(read, column)
-            if leak is not None:
-                leaks.setdefault(int(roots[column]), leak)
-    leaks = {root: leak for root, leak in leaks.items() if root not in needed}
-    return Liveness(needed.keys(), leaks | _lost(ledger, needed))
+    readers: dict[int, str] = {}
+    for step in steps:
+        if isinstance(step, _ReadStep):
+            step.note_leaks_(needed, leaks)
+            step.note_readers_(needed, readers)
+    leaks = {root: leak for root, leak in leaks.items() if not needed[root]}
+    return Liveness(needed, leaks | _lost(ledger, needed, readers))
 
 
-def fold(ledger: Ledger, removed: Set[int]) -> dict[Fold, torch.Tensor]:
-    """What the biases gain when the channels in ``removed`` go: ``Σ_i W[:, i] · c_i``, float64 ``[rows]``."""
-    folds: dict[Fold, torch.Tensor] = {}
-    for read in ledger.reads:
-        gone = torch.tensor([root in removed for root in ledger.atoms.roots(read.atoms).tolist()], dtype=torch.bool)
-        carried = gone & ~read.ignored & (read.constant != 0)
-        if read.bias is None or not bool(carried.any()):
-            continue
-        weight = ledger.traced.tensors[read.weight].cpu()[:, carried].to(torch.float64)
-        taps = weight.reshape(*weight.shape[:2], -1).sum(dim=2)  # [rows, carried columns]
-        created = read.bias not in ledger.traced.tensors
-        entry = Fold(read.weight, read.bias, created, int(carried.sum()))
-        folds[entry] = taps @ read.constant[carried]
-    return folds
+def carries(read: Read) -> bool:
+    """Whether one kept column of the layer can take up the constants of others."""
+    return read.alone and read.part is None
 
 
-def _lost(ledger: Ledger, needed: Mapping[int, str]) -> dict[int, Leak]:
+def folds(read: Read) -> bool:
+    """Whether the layer's bias can take up constants of columns that go."""
+    return not read.bends and read.bias is not None
+
+
+class _ReadStep:
+    def __init__(self, ledger: Ledger, read: Read) -> None:
+        self.read, self.weight = read, ledger.traced.tensors[read.weight]
+        self.rows = ledger.atoms.roots(read.rows).numpy()  # [groups · ro]
+        self.columns = ledger.atoms.roots(read.atoms).numpy()  # [groups · ci]
+        self.constant = ~read.constant.isnan().numpy()
+        self.silent = read.silent_rows.numpy()
+        self.ignored = read.ignored.numpy()
+        self.uneven = read.uneven.numpy()
+        self.seen: tuple[bytes, Bools] | None = None
+
+    def wanted(self, needed: Bools) -> Bools:
+        """Columns that rows read which are themselves needed."""
+        rows = needed[self.rows] & ~self.silent
+        if bool((rows | self.silent).all()):
+            return ~self.ignored
+        if not rows.any():
+            return np.zeros_like(self.ignored)
+        key = np.packbits(rows).tobytes()
+        if self.seen is None or self.seen[0] != key:
+            read = self.read
+            entries = used(self.weight.cpu(), read.groups, read.transposed, read.part)  # [groups, ro, ci]
+            chosen = entries & torch.from_numpy(rows).reshape(read.groups, -1, 1)
+            self.seen = (key, chosen.any(dim=1).reshape(-1).numpy())
+        return self.seen[1]
+
+    def spread_(self, needed: Bools) -> None:
+        reads = self.wanted(needed) & ~self.constant & ~self.uneven & (self.columns >= 0)
+        needed[self.columns[reads]] = True
+
+    def note_readers_(self, needed: Bools, readers: dict[int, str]) -> None:
+        reads = self.wanted(needed) & ~self.constant & ~self.uneven & (self.columns >= 0)
+        for root in self.columns[reads].tolist():
+            readers.setdefault(root, self.read.layer)
+
+    def note_leaks_(self, needed: Bools, leaks: dict[int, Leak]) -> None:
+        read = self.read
+        value = np.nan_to_num(read.constant.numpy())
+        stuck = np.zeros_like(self.ignored) if folds(read) or carries(read) else self.constant & (value != 0)
+        for column in np.flatnonzero(self.wanted(needed) & (self.columns >= 0) & (self.uneven | stuck)).tolist():
+            leaks.setdefault(int(self.columns[column]), _leak(read, column))
+
+
+class _MixingStep:
+    def __init__(self, ledger: Ledger, mixing: Mixing) -> None:
+        source = ledger.atoms.roots(mixing.source)
+        target, harmless = ledger.atoms.roots(mixing.target), mixing.harmless
+        source, target, harmless = torch.broadcast_tensors(source, target, harmless)  # type: ignore[no-untyped-call]
+        self.source, self.target = source.reshape(-1).numpy(), target.reshape(-1).numpy()
+        self.counts = ~harmless.reshape(-1).numpy() & (self.source >= 0)
+
+    def spread_(self, needed: Bools) -> None:
+        wanted = self.counts & ((self.target < 0) | needed[np.maximum(self.target, 0)])
+        needed[self.source[wanted]] = True
+
+
+class _NormStep:
+    def __init__(self, ledger: Ledger, use: NormUse) -> None:
+        self.atoms = ledger.atoms.roots(use.atoms).numpy()  # [groups, channels]
+        self.varies = use.constant.isnan().numpy() & (self.atoms >= 0)
+
+    def spread_(self, needed: Bools) -> None:
+        wanted = (needed[np.maximum(self.atoms, 0)] & (self.atoms >= 0)).any(axis=1, keepdims=True)
+        needed[self.atoms[self.varies & wanted]] = True
+
+
+def _step(ledger: Ledger, use: Read | Mixing | NormUse) -> _ReadStep | _MixingStep | _NormStep:
+    if isinstance(use, Read):
+        return _ReadStep(ledger, use)
+    return _MixingStep(ledger, use) if isinstance(use, Mixing) else _NormStep(ledger, use)
+
+
+def _lost(ledger: Ledger, needed: Bools, readers: Mapping[int, str]) -> dict[int, Leak]:
     """Needed channels into which some layer writes a constant that turns into something unknown on its way."""
     constant: dict[int, list[bool]] = {}  # one entry for each row that writes the channel
     for rows, known in ledger.written:
@@ -73,20 +146,23 @@ def _lost(ledger: Ledger, needed: Mapping[int, str]) -> dict[int, Leak]:
     for atom, leak in ledger.lost.items():
         reasons.setdefault(ledger.atoms.find(atom), leak)
     lost: dict[int, Leak] = {}
-    for root, layer in needed.items():
+    for root, layer in readers.items():
         if root in reasons and any(constant.get(root, ())):
             lost[root] = reasons[root]
         elif all(constant.get(root, (False,))):
-            lost[root] = Leak(f"is no longer known before layer {layer!r}", torch.nan)
+            lost[root] = Leak(f"is no longer known before layer {layer!r}", float("nan"))
     return lost
 
 
-def _leak(read: Read, column: int) -> Leak | None:
+def _leak(read: Read, column: int) -> Leak:
     constant = float(read.constant[column])
     if bool(read.uneven[column]):
-        return Leak(f"changes from place to place before layer {read.layer!r}", torch.nan)
-    if read.padded:
-        return Leak(leaks_through(read.layer), constant)
-    if read.bias is None:
-        return Leak(f"cannot be folded into layer {read.layer!r}: {read.no_fold}", constant)
-    return None
+        return Leak(f"changes from place to place before layer {read.layer!r}", float("nan"))
+    return Leak(stuck(read), constant)
+
+
+def stuck(read: Read) -> str:
+    """Why the layer's bias cannot take a constant up; completes "constant 0.3 …"."""
+    if read.bends:
+        return leaks_through(read.layer)
+    return f"cannot be folded into layer {read.layer!r}: {read.no_fold}"

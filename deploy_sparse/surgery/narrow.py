@@ -1,71 +1,137 @@
-"""Cutting a module in place: tensors lose positions, biases take up constants, layers learn their new sizes."""
+"""Giving a module its narrower shape: tensors lose positions, layers learn their new sizes, norms keep their counts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import SurgeryError
-from .parts import Cut, Fold
+from ._skeleton import Replace, with_tensors
+from ._substitute import put
+from .layers import KeptStatisticsNorm, NarrowAttention
+from .parts import Attribute, Blueprint, Cut, Fold, KeptNorm
 
 
-def narrow_(
-    module: nn.Module, cuts: Iterable[Cut], folds: Iterable[Fold], gains: Mapping[Fold, torch.Tensor] | None = None
-) -> nn.Module:
-    """Cut ``module`` in place and return it; its tensors may lie on the ``meta`` device.
+def narrowed(module: nn.Module, shape: Blueprint, values: Replace | None = None) -> nn.Module:
+    """A copy of ``module`` with the shape of ``shape``; no tensor of the dense size is copied.
 
     Args:
-        module: the dense architecture.
-        cuts: the axes that lose positions.
-        folds: biases that take up constants, created where they are missing.
-        gains: what each bias gains, float64 ``[rows]``; without it new biases are zero (their weights come later).
+        module: the dense architecture; its tensors may lie on the ``meta`` device. It is not changed.
+        shape: what changes.
+        values: the final content of parameter or buffer ``name``, given the dense one; biases that folding creates are
+            asked for with an empty tensor. By default the positions that stay are picked.
 
     Raises:
-        SurgeryError: a tensor that the module does not have, or of another size.
+        SurgeryError: the blueprint is for another architecture.
     """
-    for entry in folds:
-        _fold_(module, entry, None if gains is None else gains[entry])
-    touched: dict[int, nn.Module] = {}
-    depthwise = {id(part): _multiplier(part) for part in module.modules()}
+    cuts: dict[str, list[Cut]] = {}
+    for cut in shape.cuts:
+        cuts.setdefault(cut.name, []).append(cut)
+    created = {fold.bias for fold in shape.folds if fold.created}
+    _refuse_other(module, [c for name, own in cuts.items() if name not in created for c in own], shape.folds)
+
+    def smaller(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return values(name, tensor) if values is not None else pick(tensor, cuts.get(name, ()))
+
+    made = with_tensors(module, smaller)
+    for fold in shape.folds:
+        if fold.created:
+            _create_bias_(made, fold, values)
+    for path in shape.attention:
+        put(made, path, NarrowAttention.of(_part(made, path, nn.MultiheadAttention)))
+    for norm in shape.norms:
+        put(made, norm.module, _kept_norm(made, norm, values))
+    owners = {name.rpartition(".")[0] for name in cuts}
+    for attribute in shape.attributes:
+        _set_(made, attribute)
+    for path in owners:
+        _update_sizes_(made.get_submodule(path))
+    return made
+
+
+def pick(tensor: torch.Tensor, cuts: Iterable[Cut]) -> torch.Tensor:
+    """The positions of ``tensor`` that stay, in memory laid out like the dense tensor's."""
+    smaller = tensor
+    for cut in cuts:
+        kept = torch.tensor(cut.kept, dtype=torch.int64, device=tensor.device)
+        smaller = smaller.index_select(cut.dim, kept)
+    if smaller.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        smaller = smaller.contiguous(memory_format=torch.channels_last)
+    return smaller
+
+
+def _create_bias_(module: nn.Module, fold: Fold, values: Replace | None) -> None:
+    owner, attribute = _owner(module, fold.bias)
+    weight = getattr(owner, fold.weight.rpartition(".")[2])
+    transposed = isinstance(owner, nn.modules.conv._ConvTransposeNd)
+    rows = weight.shape[1] * owner.groups if transposed else weight.shape[0]
+    bias = weight.new_zeros(rows) if values is None else values(fold.bias, weight.new_empty(0))
+    setattr(owner, attribute, nn.Parameter(bias, requires_grad=weight.requires_grad))
+
+
+def _kept_norm(module: nn.Module, norm: KeptNorm, values: Replace | None) -> KeptStatisticsNorm:
+    part: Any = _part(module, norm.module, nn.Module)
+    weight, bias = getattr(part, "weight", None), getattr(part, "bias", None)
+    floats = (p for p in module.parameters() if p.is_floating_point())
+    like = next((p for p in (weight, bias) if p is not None), next(floats, None))
+    made = KeptStatisticsNorm(
+        norm.kind,
+        dim=norm.dim,
+        dense=norm.dense,
+        kept=norm.kept,
+        groups=norm.groups,
+        eps=norm.eps,
+        affine=weight is not None,
+        bias=bias is not None,
+        device="meta" if like is None else like.device,
+        dtype=None if like is None else torch.promote_types(like.dtype, torch.float32),
+    )
+    made.weight, made.bias = weight, bias
+    if values is not None:
+        for name in ("gone_mean", "gone_var"):
+            made._buffers[name] = values(f"{norm.module}.{name}", getattr(made, name))
+    return made.train(part.training)
+
+
+def _set_(module: nn.Module, attribute: Attribute) -> None:
+    owner = _part(module, attribute.module, nn.Module)
+    found = getattr(owner, attribute.name, None)
+    known = found if attribute.index is None or not isinstance(found, list | tuple) else found[attribute.index]
+    if known != attribute.dense:
+        raise _other(f"sets {attribute.module}.{attribute.name} from {attribute.dense}", f"the network has {known!r}")
+    if attribute.index is None:
+        setattr(owner, attribute.name, attribute.compact)
+        return
+    assert isinstance(found, list | tuple)
+    entries = [attribute.compact if i == attribute.index else n for i, n in enumerate(found)]
+    setattr(owner, attribute.name, type(found)(entries))
+
+
+def _refuse_other(module: nn.Module, cuts: Iterable[Cut], folds: Iterable[Fold]) -> None:
     for cut in cuts:
         owner, attribute = _owner(module, cut.name)
         tensor = getattr(owner, attribute, None)
         if not isinstance(tensor, torch.Tensor) or tensor.dim() <= cut.dim or tensor.shape[cut.dim] != cut.size:
             found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else "no such tensor"
-            raise SurgeryError(
-                f"the plan cuts {cut.name!r} along axis {cut.dim} of size {cut.size}, but the network has {found}",
-                expected="the architecture the plan was made for",
-                fix="pass the factory of that network",
-            )
-        kept = torch.tensor(cut.kept, dtype=torch.int64, device=tensor.device)
-        smaller = tensor.detach().index_select(cut.dim, kept)
-        if isinstance(tensor, nn.Parameter):
-            smaller = nn.Parameter(smaller, requires_grad=tensor.requires_grad)
-        setattr(owner, attribute, smaller)
-        touched[id(owner)] = owner
-    for key, part in touched.items():
-        _update_sizes_(part, depthwise[key])
-    return module
+            raise _other(f"cuts {cut.name!r} along axis {cut.dim} of size {cut.size}", f"the network has {found}")
+    for fold in folds:
+        owner, attribute = _owner(module, fold.bias)
+        missing = getattr(owner, attribute, None) is None
+        if missing != fold.created:
+            raise _other(f"folds constants into {fold.bias!r}", "which does not fit the network")
 
 
-def _fold_(module: nn.Module, entry: Fold, gain: torch.Tensor | None) -> None:
-    owner, attribute = _owner(module, entry.bias)
-    weight_owner, weight_attribute = _owner(module, entry.weight)
-    weight = getattr(weight_owner, weight_attribute, None)
-    if not isinstance(weight, torch.Tensor) or (getattr(owner, attribute, None) is None) != entry.created:
-        raise SurgeryError(
-            f"the plan folds constants into {entry.bias!r}, which does not fit the network",
-            expected="the architecture the plan was made for",
-            fix="pass the factory of that network",
-        )
-    bias = getattr(owner, attribute)
-    old = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach()
-    new = old if gain is None else (old.double() + gain.to(old.device)).to(old.dtype)
-    setattr(
-        owner, attribute, nn.Parameter(new, requires_grad=weight.requires_grad if bias is None else bias.requires_grad)
-    )
+def _part(module: nn.Module, path: str, kind: type[nn.Module]) -> Any:
+    try:
+        part = module.get_submodule(path)
+    except AttributeError:
+        raise _other(f"changes layer {path!r}", "the network has no such layer") from None
+    if not isinstance(part, kind):
+        raise _other(f"replaces the {kind.__name__} {path!r}", f"the network has {type(part).__name__}")
+    return part
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -73,29 +139,33 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     try:
         return module.get_submodule(path), attribute
     except AttributeError:
-        raise SurgeryError(
-            f"the plan cuts {name!r}, but the network has no layer {path!r}",
-            expected="the architecture the plan was made for",
-            fix="pass the factory of that network",
-        ) from None
+        raise _other(f"cuts {name!r}", f"the network has no layer {path!r}") from None
 
 
-def _multiplier(part: nn.Module) -> int:
-    """Filters per channel of a depthwise convolution, 0 for any other module."""
-    if isinstance(part, nn.Conv1d | nn.Conv2d | nn.Conv3d) and part.groups == part.in_channels and part.groups > 1:
-        return part.out_channels // part.in_channels
-    return 0
+def _other(does: str, but: str) -> SurgeryError:
+    return SurgeryError(
+        f"the plan {does}, but {but}",
+        expected="the architecture the plan was made for",
+        fix="pass the factory of that network",
+    )
 
 
-def _update_sizes_(part: nn.Module, multiplier: int) -> None:
+def _update_sizes_(part: nn.Module) -> None:
     match part:
-        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d() if multiplier:
-            part.out_channels = part.weight.shape[0]
-            part.in_channels = part.groups = part.out_channels // multiplier
+        case nn.ConvTranspose1d() | nn.ConvTranspose2d() | nn.ConvTranspose3d():
+            part.in_channels, part.out_channels = part.weight.shape[0], part.weight.shape[1] * part.groups
         case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
             part.out_channels, part.in_channels = part.weight.shape[0], part.weight.shape[1] * part.groups
         case nn.Linear():
             part.out_features, part.in_features = part.weight.shape
-        case nn.modules.batchnorm._BatchNorm():
+        case nn.modules.batchnorm._NormBase():
             tensors = (part.weight, part.running_mean)
             part.num_features = next(t.shape[0] for t in tensors if t is not None)
+        case nn.GroupNorm() if part.weight is not None:
+            part.num_channels = part.weight.shape[0]
+        case nn.LayerNorm() | nn.RMSNorm() if part.weight is not None:
+            part.normalized_shape = tuple(part.weight.shape)
+        case nn.PReLU():
+            part.num_parameters = part.weight.shape[0]
+        case nn.Embedding():
+            part.embedding_dim = part.weight.shape[1]

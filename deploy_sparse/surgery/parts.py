@@ -63,26 +63,107 @@ class Fold:
 
 
 @dataclass(frozen=True)
+class Carry:
+    """Constants of removed channels taken up by one kept column of a weight, because a bias could not.
+
+    Attributes:
+        weight: the layer's weight.
+        column: the column, counted over all groups of the dense layer; its channel holds a constant too.
+        channels: how many removed columns went into it.
+    """
+
+    weight: str
+    column: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """Rows of a layer multiplied by ``factor``: attention divides by the root of a head size that has shrunk.
+
+    Attributes:
+        weight: the layer's weight; its bias is multiplied too.
+        rows: positions in the dense weight.
+        factor: the number.
+    """
+
+    weight: str
+    rows: Positions
+    factor: float
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An integer attribute that the code reads a size from.
+
+    Attributes:
+        module: path of the module.
+        name: the attribute.
+        index: entry of a list or tuple of integers, None for a plain number.
+        dense: its value in the dense network.
+        compact: its value in the compact network.
+    """
+
+    module: str
+    name: str
+    index: int | None
+    dense: int
+    compact: int
+
+
+@dataclass(frozen=True)
+class KeptNorm:
+    """A norm replaced by one that keeps the dense network's statistics.
+
+    Attributes:
+        module: path of the norm.
+        kind: ``"layer"``, ``"rms"`` or ``"group"``.
+        dim: channel axis of its input.
+        groups: groups that stay.
+        dense: channels of one group in the dense network.
+        kept: channels of one group that stay.
+        eps: added to the variance; None is the precision's own.
+    """
+
+    module: str
+    kind: Literal["layer", "rms", "group"]
+    dim: int
+    groups: int
+    dense: int
+    kept: int
+    eps: float | None
+
+
+Kind = Literal["pinned", "leak", "carrier", "aligned", "size", "product", "last"]
+
+
+@dataclass(frozen=True)
 class Stay:
     """Channels that stay although the masks empty them (``"pinned"``: whether or not they do), and why.
 
     ``kind``: ``"pinned"`` the network's structure needs them, ``"leak"`` their constant cannot be carried,
-    ``"aligned"`` they fill the width up to the asked-for multiple, ``"last"`` a tensor must keep one.
+    ``"carrier"`` they carry the constants of others, ``"aligned"`` they fill the width up to the asked-for multiple,
+    ``"size"`` the code states the size, ``"product"`` others at the same position of a split axis stay, ``"last"`` a
+    tensor must keep one.
     """
 
-    kind: Literal["pinned", "leak", "aligned", "last"]
+    kind: Kind
     channels: Positions
     reason: str
 
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """One channel group: its name, dense size, channels that stay, and why emptied channels stay."""
+    """One channel group: its name, dense size, channels that stay, why emptied channels stay, and the tensors it spans.
+
+    ``members`` are names of the state dict.
+    """
 
     name: str
     size: int
     kept: Positions
     stays: tuple[Stay, ...] = ()
+    members: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,3 +173,22 @@ class Layer:
     name: str
     dense: tuple[int, ...]
     compact: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """Everything that changes the shape of a network, without weights.
+
+    Attributes:
+        cuts: positions that stay, for every tensor axis that loses some.
+        folds: biases that take up constants of removed channels.
+        attributes: integers that the code reads.
+        norms: norms replaced by ones that keep the dense statistics.
+        attention: paths of ``nn.MultiheadAttention`` replaced by one without fixed sizes.
+    """
+
+    cuts: tuple[Cut, ...]
+    folds: tuple[Fold, ...] = ()
+    attributes: tuple[Attribute, ...] = ()
+    norms: tuple[KeptNorm, ...] = ()
+    attention: tuple[str, ...] = ()

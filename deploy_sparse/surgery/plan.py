@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-import copy
+import gc
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
+from torch.fx import Node
 
 from .. import artifact
 from ..errors import SurgeryError
 from ..ticket import ModelRef, Ticket
+from ._axes import Ledger
+from ._rehearse import rehearse
 from ._sizes import analyse_at_any_size
-from .choose import choose, cuts_of
-from .cost import Cost, cost_of
-from .graph import NETWORK_OUTPUT, Inputs, as_tuple
-from .liveness import fold
-from .narrow import narrow_
-from .parts import Cut, Fold, GroupPlan, Layer
+from ._skeleton import to_meta, with_tensors
+from ._substitute import with_open_attention
+from ._values import lean
+from .assemble import Assembly, assemble
+from .choose import choose, choose_alike
+from .cost import Cost, cost_of_trace
+from .graph import NETWORK_OUTPUT, Inputs, as_tuple, held
+from .narrow import narrowed
+from .parts import Blueprint, Carry, Cut, Fold, GroupPlan, Layer, Rescale
+from .trace import place
 from .verify import Parity
 
 REMAKE = "deploy-sparse compact <ticket>"
+Norms = Literal["exact", "leave"]
+_REHEARSALS = 25
 LISTED = 3  # partly filled layers that get a note each; more share one
 
 
@@ -38,8 +49,9 @@ class SurgeryPlan:
         ticket: hash of the ticket.
         multiple: kept widths were rounded up to this multiple.
         groups: channel groups in the order of their first producer.
-        cuts: positions that stay, for every tensor axis that loses some.
-        folds: biases that take up constants of removed channels.
+        shape: what changes in the network, without weights.
+        carries: columns that take up constants of removed channels.
+        rescales: rows multiplied because attention divides by the root of a head size that has shrunk.
         partly_filled: density left in weights whose masks do not vanish with whole channels.
         unknown: operations without a rule; the channels that reach them stay.
         layers: every weight of two or more axes with its dense and its compact shape.
@@ -52,14 +64,25 @@ class SurgeryPlan:
     ticket: str
     multiple: int
     groups: tuple[GroupPlan, ...]
-    cuts: tuple[Cut, ...]
-    folds: tuple[Fold, ...]
+    shape: Blueprint
+    carries: tuple[Carry, ...]
+    rescales: tuple[Rescale, ...]
     partly_filled: Mapping[str, float]
     unknown: tuple[str, ...]
     layers: tuple[Layer, ...]
     cost_before: Cost
     cost_after: Cost
     parity: Parity | None = None
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """Positions that stay, for every tensor axis that loses some."""
+        return self.shape.cuts
+
+    @property
+    def folds(self) -> tuple[Fold, ...]:
+        """Biases that take up constants of removed channels."""
+        return self.shape.folds
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values; positions as short texts like ``"0-15,18"``."""
@@ -119,7 +142,7 @@ class SurgeryPlan:
         lines += [
             f"{entry.weight}: constants of {entry.channels} removed columns went into {entry.bias}"
             f"{', which is new' if entry.created else ''}"
-            for entry in self.folds
+            for entry in self.shape.folds
         ]
         return [*lines, *self._filling()]
 
@@ -177,74 +200,150 @@ class Decision:
     exact: nn.Module | None
 
 
-def plan_from_ticket(ticket: Ticket, module: nn.Module, example_inputs: Inputs, *, multiple: int = 1) -> SurgeryPlan:
-    """Decide what goes. The plan is tried on a copy (so its cost is known), but its parity is not measured.
+def plan_from_ticket(
+    ticket: Ticket, module: nn.Module, example_inputs: Inputs, *, multiple: int = 1, norms: Norms = "exact"
+) -> SurgeryPlan:
+    """Decide what goes. The plan is tried without memory (so its cost is known), but its parity is not measured.
 
     Args:
         ticket: weights and masks.
-        module: the dense architecture; it is not changed.
+        module: the dense architecture; it is not changed, and may lie on ``meta``.
         example_inputs: one tensor with a batch axis, or the tuple of positional inputs.
         multiple: round each group's kept width up to this multiple, never above its dense size.
+        norms: ``"exact"``: channels that a LayerNorm, RMSNorm or GroupNorm counts may go, and the norm is replaced by
+            one that keeps counting them. ``"leave"``: such channels stay.
 
     Raises:
         TicketError: the ticket is invalid or does not fit the module.
         SurgeryError: ``multiple`` below 1, a network that cannot be traced, or one that does not run when narrowed.
     """
-    return decide(ticket, module, example_inputs, multiple=multiple).plan
+    plan = decide(ticket, module, example_inputs, multiple=multiple, norms=norms).plan
+    return replace(plan, ticket=ticket.hash)
 
 
-def decide(ticket: Ticket, module: nn.Module, example_inputs: Inputs, *, multiple: int) -> Decision:
-    """:func:`plan_from_ticket` together with the masked and the compact network."""
+def decide(
+    ticket: Ticket, module: nn.Module, example_inputs: Inputs, *, multiple: int = 1, norms: Norms = "exact"
+) -> Decision:
+    """:func:`plan_from_ticket` together with the masked and the compact network; the plan lacks the ticket's hash."""
+    with _collection_paused():
+        return _decide(ticket, module, as_tuple(example_inputs), multiple, norms)
+
+
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Graphs and copies of modules are many small objects, none of them garbage yet: looking takes half of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _decide(ticket: Ticket, module: nn.Module, inputs: tuple[Any, ...], multiple: int, norms: Norms) -> Decision:
     if multiple < 1:
         raise SurgeryError(f"multiple {multiple}", expected="1 or more", fix="use 1 to cut every dead channel")
     ticket.validate(module)
-    inputs = as_tuple(example_inputs)
-    dense = masked_copy(module, ticket)
-    problem = ""
-    # Sizes written into view() may come from the tensor's own shape (harmless) or from the code; the graph shows
-    # the same number for both. So they are trusted first, and pinned where the narrowed network then fails.
-    for fixed_sizes in (False, True):
-        ledger = analyse_at_any_size(dense, inputs, fixed_sizes=fixed_sizes)
-        before, expected = cost_of(dense, inputs)
-        groups, removed = choose(ledger, multiple)
-        gains = fold(ledger, removed)
-        cuts = cuts_of(ledger, removed, gains)
-        compact = narrow_(copy.deepcopy(dense), cuts, gains, gains)
-        try:
-            after, shapes = cost_of(compact, inputs)
-        except Exception as error:  # the user's own forward() may raise anything when a size does not fit
-            problem = str(error).strip() or type(error).__name__
-            continue
-        if shapes != expected:
-            problem = f"outputs of shape {[list(s) for s in shapes]} instead of {[list(s) for s in expected]}"
-            continue
-        plan = SurgeryPlan(
-            model=ticket.model,
-            ticket=ticket.hash,
-            multiple=multiple,
-            groups=groups,
-            cuts=cuts,
-            folds=tuple(gains),
-            partly_filled=_partly_filled(ticket, cuts),
-            unknown=tuple(ledger.unknown),
-            layers=_layers(dense, compact),
-            cost_before=before,
-            cost_after=after,
-        )
-        exact = narrow_(copy.deepcopy(dense).double(), cuts, gains, gains) if gains else None
-        return Decision(plan, dense, compact, exact)
+    weights = ticket.masked_weights()
+    plain = with_tensors(module, lambda _, x: to_meta(x)).eval()
+    shell, attention = with_open_attention(with_tensors(plain, lambda _, x: x))
+    tensors = {name: weights.get(name, x.detach()) for name, x in (*module.named_parameters(), *module.named_buffers())}
+    ledger, elsewhere = analyse_at_any_size(shell, inputs, tensors)
+    for each in (ledger, elsewhere) if elsewhere is not None else (ledger,):
+        for use in each.norms:
+            if norms == "leave" or use.module is None:
+                each.atoms.pin(use.atoms, use.fixed or f"{use.place} is to keep its width")
+    settled = _settled(ledger, elsewhere, plain, inputs, multiple, attention)
+    made = settled.made
+    plan = SurgeryPlan(
+        model=ticket.model,
+        ticket="",
+        multiple=multiple,
+        groups=settled.groups,
+        shape=made.shape,
+        carries=made.carries,
+        rescales=made.rescales,
+        partly_filled=_partly_filled(ticket, made.shape.cuts),
+        unknown=tuple(ledger.unknown),
+        layers=_layers(plain, settled.shell),
+        cost_before=_cost(ledger.traced.calls, plain, inputs),
+        cost_after=_cost(settled.calls, settled.shell, inputs),
+    )
+    dense = with_tensors(module, lambda name, x: tensors[name]).eval()
+    compact = narrowed(module, made.shape, made.tensor).eval()
+    exact = None
+    if made.rounded:
+        exact = narrowed(module, made.shape, lambda name, x: made.tensor(name, x, torch.float64)).eval()
+    return Decision(plan, dense, compact, exact)
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """A choice that was rehearsed: ``shell`` is the narrowed network without memory, ``calls`` what it ran."""
+
+    made: Assembly
+    groups: tuple[GroupPlan, ...]
+    shell: nn.Module
+    calls: tuple[Node, ...]
+
+
+def _settled(
+    ledger: Ledger,
+    elsewhere: Ledger | None,
+    plain: nn.Module,
+    inputs: tuple[Any, ...],
+    multiple: int,
+    attention: tuple[str, ...],
+) -> _Settled:
+    """Choose, rehearse, and keep what the code at the first wrong size holds on to, until the network runs."""
+    for _ in range(_REHEARSALS):
+        choice = choose(ledger, multiple) if elsewhere is None else choose_alike(ledger, elsewhere, multiple)
+        made = assemble(ledger, choice, attention)
+        if not made.shape.cuts:
+            return _Settled(made, choice.groups, plain, ledger.traced.calls)
+        shell = narrowed(plain, replace(made.shape, attention=attention), made.shell)
+        if ledger.traced.real:  # it looks at values, which the shell does not have; only the proof will tell
+            return _Settled(made, choice.groups, shell, ledger.traced.calls)
+        replaced = [norm.module for norm in made.shape.norms]
+        run = rehearse(ledger, choice.removed, shell, inputs, replaced)
+        if run.wrong is None:
+            return _Settled(replace(made, rescales=run.rescales), choice.groups, shell, run.calls)
+        node, problem = run.wrong, run.problem
+        if not _keep_near(ledger, node, choice.removed, f"{place(node)} needs this size: {problem}", itself=run.ran):
+            break
     raise SurgeryError(
-        f"the narrowed network does not run: {problem.splitlines()[0]}",
+        f"the narrowed network does not run: {problem} ({place(node)})",
         expected="a network whose forward() takes its sizes from its tensors and layers",
         fix="replace numbers written into forward() by x.shape or -1",
     )
 
 
+def _keep_near(ledger: Ledger, node: Node, removed: np.ndarray, why: str, *, itself: bool) -> bool:
+    """Make the channels of the nearest tensors before ``node`` stay of which any went; False where there are none."""
+    near, seen = [node, *node.all_input_nodes] if itself else list(node.all_input_nodes), set[Node]()
+    while near:
+        values = [value for source in near for value in held(ledger, source)]
+        roots = [ledger.atoms.roots(lean(value.atoms)).reshape(-1) for value in values]
+        gone = any(bool(torch.from_numpy(removed)[r[r >= 0]].any()) for r in roots)
+        for value in values:
+            ledger.pin(value, why)
+        if gone:
+            return True
+        seen.update(near)
+        near = [source for known in near for source in known.all_input_nodes if source not in seen]
+    return False
+
+
+def _cost(calls: tuple[Node, ...], module: nn.Module, inputs: tuple[Any, ...]) -> Cost:
+    batch = next((x.shape[0] for x in inputs if isinstance(x, torch.Tensor) and x.dim()), 1)
+    return cost_of_trace(calls, sum(p.numel() for p in module.parameters()), batch)
+
+
 def masked_copy(module: nn.Module, ticket: Ticket) -> nn.Module:
     """A copy of ``module`` in evaluation mode that holds the ticket's masked weights, in the ticket's precision."""
-    dense = copy.deepcopy(module)
-    dense.load_state_dict({k: v.detach().clone() for k, v in ticket.masked_weights().items()}, assign=True)
-    return dense.eval()
+    weights = ticket.masked_weights()
+    return with_tensors(module, lambda name, x: weights.get(name, x).detach().clone()).eval()
 
 
 def _layers(dense: nn.Module, compact: nn.Module) -> tuple[Layer, ...]:
@@ -258,5 +357,5 @@ def _partly_filled(ticket: Ticket, cuts: tuple[Cut, ...]) -> dict[str, float]:
     for cut in cuts:
         if cut.name in masks:
             masks[cut.name] = masks[cut.name].index_select(cut.dim, torch.tensor(cut.kept))
-    shares = {name: float(mask.float().mean()) for name, mask in masks.items()}
+    shares = {name: int(mask.count_nonzero()) / max(1, mask.numel()) for name, mask in masks.items()}
     return {name: round(share, 6) for name, share in shares.items() if share < 1}

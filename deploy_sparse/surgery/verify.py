@@ -20,6 +20,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 Sample = tuple[str, tuple[Any, ...]]
 _SEED = 20220713
 _BATCHES = (1, 3)
+_UNITS = 16  # how many units of the last place rounding may cost in float16 and bfloat16
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,15 @@ class Deviation:
 
 @dataclass(frozen=True)
 class Rounding:
-    """Folded biases that the compact network holds in a lower precision than they were reckoned in.
+    """Numbers that surgery reckoned and the compact network holds in a lower precision than they were reckoned in.
 
     Attributes:
-        biases: how many numbers changed.
+        numbers: how many changed.
         precision: what they were rounded to, for example ``"float32"``.
         float64: deviation of the delivered network, biases rounded, with weights and inputs cast to float64.
     """
 
-    biases: int
+    numbers: int
     precision: str
     float64: Deviation
 
@@ -57,10 +58,11 @@ class Parity:
     """How closely a compact network follows its masked dense network.
 
     Attributes:
-        float32: deviation with weights and inputs in float32.
-        float64: deviation with weights and inputs in float64, before folded biases were rounded.
+        float32: deviation with weights and inputs in float32; of networks in half precision, before reckoned numbers
+            were rounded to it.
+        float64: deviation with weights and inputs in float64, before reckoned numbers were rounded.
         inputs: what it was measured on, and which input sizes could not be tried.
-        rounding: what rounding the folded biases changed, None where nothing was rounded.
+        rounding: what rounding the reckoned numbers changed, None where nothing was rounded.
     """
 
     float32: Deviation
@@ -72,7 +74,7 @@ class Parity:
         """One line for people."""
         single, double, after = self.float32, self.float64, self.rounding
         rounded = (
-            f" (before {after.biases} folded biases were rounded to {after.precision}; "
+            f" (before {after.numbers} reckoned numbers were rounded to {after.precision}; "
             f"{after.float64.max_rel:.1e} after)"
             if after is not None
             else ""
@@ -98,9 +100,9 @@ def verify(
         dense: the dense network with masked weights; it is the reference. Neither module is changed.
         compact: the smaller network.
         example_inputs: one tensor with a batch axis, or the tuple of positional inputs.
-        exact: ``compact`` before its folded biases were rounded to float32, in float64. A rounded bias is off by 1e-8,
-            so the float64 comparison is made with ``exact``, ``compact`` must equal it after rounding, bit by bit, and
-            what the rounding changed is measured too.
+        exact: ``compact`` before what surgery reckoned was rounded to float32, in float64. A rounded number is off by
+            1e-8, so the float64 comparison is made with ``exact``, ``compact`` must equal it after rounding, bit by
+            bit, and what the rounding changed is measured too.
 
     Raises:
         SurgeryError: an output of another shape, not finite, or further off than ``TOLERANCE`` allows; or a network
@@ -115,11 +117,15 @@ def verify(
     unrounded = copy.deepcopy(exact).eval().to(torch.float64) if exact is not None and changed else delivered
     double = _deviation(reference, unrounded, samples, torch.float64, TOLERANCE)
     rounding = None
+    rounded = compact
     if changed:
-        loose = dict.fromkeys(TOLERANCE, TOLERANCE[torch.float32])
-        after = _deviation(reference, delivered, samples, torch.float64, loose)
+        assert exact is not None
+        limit = max(TOLERANCE[torch.float32], _UNITS * _resolution(compact))
+        after = _deviation(reference, delivered, samples, torch.float64, dict.fromkeys(TOLERANCE, limit))
         rounding = Rounding(changed, _precision(compact), after)
-    pair = [copy.deepcopy(module).eval().to(torch.float32) for module in (dense, compact)]
+        rounded = exact if limit > TOLERANCE[torch.float32] else compact
+    del reference, delivered, unrounded
+    pair = [copy.deepcopy(module).eval().to(torch.float32) for module in (dense, rounded)]
     single = _deviation(pair[0], pair[1], samples, torch.float32, TOLERANCE)
     return Parity(single, double, (*(name for name, _ in samples), *untried), rounding)
 
@@ -167,6 +173,10 @@ def _rounded(compact: torch.nn.Module, exact: torch.nn.Module) -> int:
             raise _refusal(f"{name!r} of the compact network is not its float64 counterpart, rounded")
         changed += int((tensor != unrounded[name]).sum())
     return changed
+
+
+def _resolution(module: torch.nn.Module) -> float:
+    return max((torch.finfo(p.dtype).eps for p in module.parameters() if p.is_floating_point()), default=0.0)
 
 
 def _precision(module: torch.nn.Module) -> str:

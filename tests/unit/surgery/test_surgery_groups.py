@@ -140,6 +140,7 @@ class Tail(nn.Module):
         self.stem, self.fc, self.what = nn.Conv2d(3, 4, 1), nn.LazyConv2d(2, 1), what
         self.free, self.last = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 2, 1)
         self.register_buffer("hidden_scale", torch.ones(1, 4, 1, 1), persistent=False)
+        self.own_scale = nn.Parameter(torch.ones(4, 1, 1))
         self.forward(X)
 
     def forward(self, x):
@@ -147,15 +148,24 @@ class Tail(nn.Module):
 
 
 PINS = {
-    "unknown operation aten.cumsum.default in the network itself": lambda net, x: x.cumsum(1),
-    "channels are picked at fixed positions by aten.slice.Tensor": lambda net, x: x[:, :2],
-    "channels are picked at fixed positions by aten.split.Tensor": lambda net, x: torch.split(x, 2, 1)[0],
+    "unknown operation aten.cummax.default in the network itself": lambda net, x: x.cummax(1)[0],
+    "unknown operation aten.fft_rfft.default in the network itself": lambda net, x: torch.fft.rfft(x, dim=1).real,
+    "unknown operation aten.as_strided.default in the network itself": lambda net, x: x.as_strided(
+        (2, 4, 8, 8), (256, 64, 8, 1)
+    ),
+    "channels are mixed by aten.cumsum.default in the network itself": lambda net, x: x.cumsum(1),
+    "channels are mixed by aten.softmax.int in the network itself": lambda net, x: x.softmax(1),
+    "the size is stated by aten.slice.Tensor in the network itself": lambda net, x: x[:, :2],
+    "the size is stated by aten.split.Tensor in the network itself": lambda net, x: torch.split(x, 2, 1)[0],
+    "the size is stated by aten.view.default in the network itself": lambda net, x: x.view(2, 4, 64)[..., None],
+    "channels are picked at fixed positions by aten.index.Tensor": lambda net, x: x[:, [2, 0]],
     "channels are split unevenly by aten.chunk": lambda net, x: x.chunk(3, 1)[0],
     "the channel axis is padded by aten.pad": lambda net, x: F.pad(x, (0, 0, 0, 0, 1, 1)),
     "channels are mixed by aten.mean.dim": lambda net, x: x.mean(1, keepdim=True),
-    "channels are spread over several axes by aten.view": lambda net, x: x.view(2, 2, 2, 8, 8).sum(4).sum(1)[..., None],
     "channels meet the network input at aten.add": lambda net, x: x,
-    "channels meet constant tensor": lambda net, x: x * net.hidden_scale,
+    "channels meet a constant tensor at aten.mul.Tensor": lambda net, x: (
+        x * torch.arange(4, device=x.device).view(4, 1, 1)
+    ),
 }
 
 
@@ -178,26 +188,66 @@ class InputMeetsChannels(nn.Module):
         return self.fc(self.stem(x) + x) + self.last(self.free(x))
 
 
-def test_grouped_convolution_is_pinned_with_its_input():
+SIZES_FROM_THE_TENSOR = {
+    "slice": lambda net, x: x[:, : x.shape[1] // 2],
+    "view": lambda net, x: x.view(2, x.shape[1], 64)[..., None],
+    "inferred": lambda net, x: x.reshape(2, -1, 8, 8),
+}
+
+
+@pytest.mark.parametrize("how", SIZES_FROM_THE_TENSOR)
+def test_sizes_that_the_code_takes_from_the_tensor_leave_the_channels_free(how):
+    group = groups_by_name(Tail(SIZES_FROM_THE_TENSOR[how]))["stem.weight"]
+    assert (group.pinned, group.size) == (None, 4)
+
+
+def test_channels_chosen_one_by_one_go_from_both_halves_of_a_split():
+    group = groups_by_name(Tail(lambda net, x: torch.split(x, x.size(1) // 2, 1)[0]))["stem.weight"]
+    assert (group.pinned, group.size) == (None, 2)
+    assert group.producers[0].weight.channels == (0, 1, 0, 1)
+
+
+@pytest.mark.parametrize("buffer", [True, False], ids=["buffer", "parameter"])
+def test_a_tensor_of_the_network_that_meets_channels_holds_them(buffer):
+    """Whether it is saved with the state dict or not."""
+
+    def scaled(net, x):
+        return x * (net.hidden_scale if buffer else net.own_scale)
+
+    group = groups_by_name(Tail(scaled))["stem.weight"]
+    assert group.pinned is None
+    name, dim, role = ("hidden_scale", 1, group.statistics) if buffer else ("own_scale", 0, group.shared)
+    assert role == (Slice(name, dim, (0, 1, 2, 3)),)
+
+
+def test_grouped_convolution_loses_the_same_positions_in_every_group_or_whole_groups():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(), nn.Conv2d(6, 2, 1))
-    groups = groups_by_name(net)
-    for name in ("0.weight", "1.weight"):
-        assert groups[name].pinned == "grouped convolution (groups=2) aten.conv2d.default in layer '1'"
+    positions = groups_by_name(net)
+    inputs, outputs = positions["0.weight"], positions["1.weight"]
+    assert (inputs.pinned, inputs.size, inputs.producers[0].weight.channels) == (None, 2, (0, 1, 0, 1))
+    assert inputs.consumers == (Slice("1.weight", 1, (0, 1)),)
+    assert (outputs.pinned, outputs.size, outputs.producers[0].weight.channels) == (None, 3, (0, 1, 2, 0, 1, 2))
+    (whole, _) = channel_groups(net, X, unit="heads")
+    assert (whole.pinned, whole.size) == (None, 2)
+    assert [part.weight.channels for part in whole.producers] == [(0, 0, 1, 1), (0, 0, 0, 1, 1, 1)]
 
 
-def test_in_place_write_is_seen_by_later_readers_of_the_same_memory():
+def test_in_place_write_into_a_view_is_seen_by_later_readers_of_the_same_memory():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.stem, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(8, 2, 1)
+            self.stem, self.gate, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(8, 2, 1)
 
         def forward(self, x):
-            x = self.stem(x)
+            x, gate = self.stem(x), self.gate(x)[:, :, 1:]
             part = x[:, :, 1:]
-            part.add_(1.0)
+            part.add_(gate)
             return self.fc(torch.cat([x, x], 1))
 
-    assert "memory shared with in-place aten.add_.Tensor" in groups_by_name(Net())["stem.weight"].pinned
+    group = groups_by_name(Net())["stem.weight"]
+    assert names(p.weight for p in group.producers) == ["stem.weight", "gate.weight"]
+    assert group.pinned is None
+    assert group.consumers == (Slice("fc.weight", 1, (0, 1, 2, 3, 0, 1, 2, 3)),)
 
 
 def test_training_flags_are_restored():

@@ -86,7 +86,7 @@ def test_equal_inputs_give_equal_plans(dense, silent):
     assert plan_from_ticket(silent, dense, X) == plan_from_ticket(silent, factory(), X)
 
 
-@pytest.mark.parametrize(("damage", "entry"), [({"cuts": 3}, "cuts"), ({"ticket": None}, "ticket"), ({}, "groups")])
+@pytest.mark.parametrize(("damage", "entry"), [({"shape": 3}, "shape"), ({"ticket": None}, "ticket"), ({}, "groups")])
 def test_unreadable_plan_is_refused_by_entry(dense, silent, damage, entry):
     body = plan_from_ticket(silent, dense, X).to_json() | damage
     if not damage:
@@ -180,21 +180,26 @@ def test_multiple_below_one_is_refused(dense, silent):
         plan_from_ticket(silent, dense, X, multiple=0)
 
 
-def test_network_that_cannot_live_with_fewer_channels_is_refused_by_what_it_said():
+def test_network_that_cannot_live_with_fewer_channels_keeps_them_and_says_what_it_said():
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b = torch.nn.Conv2d(3, 4, 1, bias=False), torch.nn.Conv2d(4, 2, 1)
+            self.a, self.b = torch.nn.Conv2d(3, 4, 1, bias=False), torch.nn.Conv2d(3, 5, 1, bias=False)
+            self.c, self.d = torch.nn.Conv2d(4, 2, 1), torch.nn.Conv2d(5, 2, 1)
 
         def forward(self, x):
-            x = self.a(x)
-            if x.shape[1] != 4:
+            y, z = self.a(x), self.b(x)
+            if y.shape[1] != 4:
                 raise ValueError("only four channels please")
-            return self.b(x)
+            return self.c(y) + self.d(z)
 
     net = randomised(Net())
-    with pytest.raises(SurgeryError, match="the narrowed network does not run: only four channels please"):
-        plan_from_ticket(ticket(net, rows_masked(net, {"a.weight": [0]})), net, X)
+    result = compact(ticket(net, rows_masked(net, {"a.weight": [0], "b.weight": [1, 2]})), Net)
+    first, second = result.plan.groups[:2]
+    assert first.kept == (0, 1, 2, 3)
+    assert first.stays[0].kind == "pinned"
+    assert first.stays[0].reason.endswith("needs this size: only four channels please")
+    assert second.kept == (0, 3, 4)  # the rest of the network still loses what is dead
 
 
 def test_positions_are_written_as_ranges():

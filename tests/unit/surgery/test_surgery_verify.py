@@ -11,6 +11,7 @@ from torch import nn
 
 from deploy_sparse.errors import SurgeryError
 from deploy_sparse.surgery import Parity, SurgeryPlan, channel_groups, compact, verify
+from deploy_sparse.surgery._weights import contribution
 
 STEPS = [Block("projection", 4, bias=True), Block("depthwise", 1), Block("chain", 3)]
 X = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(7))
@@ -222,7 +223,7 @@ def test_rounded_folds_are_told_with_both_figures():
     made = ticket(dense, rows_masked(dense, {"0.weight": [1]}))
     result = compact(made, folding)
     rounding, parity = result.parity.rounding, result.parity
-    assert 1 <= rounding.biases <= 5
+    assert 1 <= rounding.numbers <= 5
     assert rounding.precision == "float32"
     reference, delivered = (copy.deepcopy(module).double() for module in (masked(folding, made), result.module))
     x = X.double()
@@ -230,7 +231,7 @@ def test_rounded_folds_are_told_with_both_figures():
         off = float((reference(x) - delivered(x)).abs().max() / reference(x).abs().max())
     assert 0.5 < off / rounding.float64.max_rel < 2  # on other inputs than verify's own: nearly the same figure
     assert parity.float64.max_rel < 1e-14 < rounding.float64.max_rel < 1e-6
-    text = f"in float64 (before {rounding.biases} folded biases were rounded to float32; {rounding.float64.max_rel:.1e}"
+    text = f"in float64 (before {rounding.numbers} reckoned numbers were rounded to float32; {rounding.float64.max_rel:.1e}"
     assert text in str(parity)
     assert result.plan.to_json()["parity"]["rounding"]["precision"] == "float32"
     assert SurgeryPlan.from_json(result.plan.to_json()).parity == parity
@@ -278,13 +279,8 @@ def test_rounded_fold_must_be_the_rounded_exact_one():
 
 
 def test_no_compact_network_is_returned_when_parity_fails(monkeypatch):
-    import sys
-
-    module = sys.modules["deploy_sparse.surgery.plan"]
-    original = module.fold
-    monkeypatch.setattr(
-        module, "fold", lambda ledger, removed: {f: 1.01 * g for f, g in original(ledger, removed).items()}
-    )
+    where = "deploy_sparse.surgery.assemble.contribution"
+    monkeypatch.setattr(where, lambda *given: 1.01 * contribution(*given))
 
     def small():
         return nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid(), nn.Conv2d(4, 2, 1))

@@ -1,0 +1,133 @@
+"""Say what surgery does to a network: layers before and after, channel groups, what stays and why. Writes nothing.
+
+A compact network tells what was done. A ticket is planned anew: the same decisions as `compact`, not yet verified. Of a
+run its compact network is taken, or else its ticket.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .output import emit, key_values
+from .plan_text import plan_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..surgery.plan import SurgeryPlan
+    from ..ticket import ModelRef
+
+EXAMPLES = """  deploy-sparse inspect runs/imp_refill-resnet_digits
+  deploy-sparse inspect runs/imp_refill-resnet_digits/ticket --target rtx-sm89
+  deploy-sparse inspect compact --json
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", help="a ticket's folder, a compact network's, or a run's")
+    parser.add_argument("--target", help="of a ticket: round widths up to the multiple this target likes")
+
+
+def execute(options: argparse.Namespace) -> int:
+    from .. import artifact
+    from ..errors import ArtifactError
+
+    path = _subject(Path(options.path))
+    kind = artifact.kind_of(path)
+    members: Mapping[str, Sequence[str]] | None
+    if kind == "ticket":
+        plan, members = _planned(path, options.target)
+    elif kind == "plan":
+        plan, members = _done(path, options.target)
+    else:
+        found = f"the artifact {kind!r}" if kind else "nothing to inspect" if path.exists() else "nothing"
+        raise ArtifactError(
+            f"{path} holds {found}",
+            expected="a ticket's folder, a compact network's folder, or a run's folder",
+            fix="check the path; deploy-sparse show PATH says what any artifact is",
+        )
+    summary = plan.summary()
+    for group in summary["groups"]:
+        group["members"] = None if members is None else list(members.get(group["name"], ()))
+    value = {**summary, "path": str(path), "dry_run": kind == "ticket"}
+
+    def text() -> str:
+        facts = {
+            "path": path,
+            "model": plan.model.name,
+            "ticket": plan.ticket,
+            "widths": "as the masks leave them"
+            if plan.multiple == 1
+            else f"rounded up to multiples of {plan.multiple}",
+        }
+        verdict = f"planned only: deploy-sparse compact {path} --out FOLDER cuts and verifies"
+        return "\n".join(
+            [key_values(facts), "", plan_text(plan, members), verdict if plan.parity is None else str(plan.parity)]
+        )
+
+    emit(options, value, text)
+    return 0
+
+
+def _subject(path: Path) -> Path:
+    if (path / "run.json").is_file():
+        return next((path / part for part in ("compact", "ticket") if (path / part).is_dir()), path)
+    return path
+
+
+def _planned(path: Path, target: str | None) -> tuple[SurgeryPlan, Mapping[str, Sequence[str]]]:
+    from .. import api
+    from ..engine.target import load_target
+    from ..surgery.plan import decide
+    from ..ticket import Ticket
+
+    ticket = Ticket.load(path)
+    module = api.zoo_factory(ticket.model, "deploy_sparse.compact(ticket, factory=…) in Python")()
+    floating = (tensor.dtype for tensor in ticket.weights.values() if tensor.is_floating_point())
+    inputs = _inputs(ticket.model, next(floating, None))
+    multiple = 1 if target is None else load_target(target).width_multiple
+    return decide(ticket, module, inputs, multiple=multiple).plan, _members(module.to(inputs.dtype), inputs)
+
+
+def _done(path: Path, target: str | None) -> tuple[SurgeryPlan, Mapping[str, Sequence[str]] | None]:
+    from .. import api, zoo
+    from ..errors import ConfigError
+    from ..surgery.plan import SurgeryPlan
+
+    if target is not None:
+        raise ConfigError(
+            f"--target {target} for a compact network, whose widths are decided",
+            expected="a target for a ticket only",
+            fix="leave --target out, or inspect the ticket",
+        )
+    plan = SurgeryPlan.load(path)
+    if not zoo.known(plan.model.name) or not plan.model.input_shape:
+        return plan, None  # the members come from the dense network
+    return plan, _members(api.zoo_factory(plan.model, "")(), _inputs(plan.model, None))
+
+
+def _members(module: torch.nn.Module, inputs: torch.Tensor) -> dict[str, list[str]]:
+    """Names of the tensors in every channel group of the dense network."""
+    from ..surgery.graph import channel_groups
+
+    return {
+        group.name: list(dict.fromkeys(part.name for part in group.slices()))
+        for group in channel_groups(module, (inputs,))
+    }
+
+
+def _inputs(model: ModelRef, dtype: Any) -> torch.Tensor:
+    import torch
+
+    from ..errors import TicketError
+
+    if not model.input_shape:
+        raise TicketError(
+            "the ticket does not say the shape of one input sample",
+            expected="a ticket whose model has an input_shape",
+            fix="use deploy_sparse.compact(ticket, example_inputs=…) in Python",
+        )
+    return torch.zeros(2, *model.input_shape, dtype=dtype)

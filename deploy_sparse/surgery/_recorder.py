@@ -1,0 +1,310 @@
+"""One run of a network, written down: every ATen call with its layer and the origins of its numbers."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ._provenance import Expr, Size, SizesRemembered, origin, settings_marked
+from ._words import names
+
+_READS_VALUES = frozenset({"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "unique", "_unique2"})
+_FACTORIES = frozenset({"new_zeros", "new_ones", "new_full"})
+_RECKONED = 1 << 22  # elements; larger constants stay without memory
+
+
+class DataDependent(Exception):
+    """The network looks at the values of a tensor that depends on its input."""
+
+
+@dataclass
+class Recording:
+    """What :func:`record` found; see :class:`~.trace.Traced`."""
+
+    nodes: tuple[Node, ...] = ()
+    calls: list[Node] = field(default_factory=list)
+    state: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def record(
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    values: Mapping[str, torch.Tensor],
+    *,
+    real_constants: bool,
+    into: Recording | None = None,
+) -> Recording:
+    """Run ``module`` once and write its operations down.
+
+    Args:
+        module: in evaluation mode; the run may change it, so it is a copy.
+        inputs: positional inputs, on the device of the module.
+        values: values of parameters and buffers by name, for those of the module that have none.
+        real_constants: reckon tensors that depend on no input, instead of only recording them.
+        into: filled while the network runs, for runs that fail midway.
+
+    Raises:
+        DataDependent: the network looks at values that depend on the input.
+        Exception: whatever the network's own code raises.
+    """
+    recorder = _Recorder(module, inputs, values, real_constants, into or Recording())
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel hides the attention's parts
+    try:
+        with (
+            torch.inference_mode(),
+            torch.compiler.set_stance("force_eager"),
+            settings_marked(module),
+            _layers_followed(module, recorder.stack),
+            SizesRemembered(recorder.node_of) as sizes,
+            recorder,
+        ):
+            recorder.given = lambda: sizes.given
+            outputs = module(*inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return recorder.finish(outputs)
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: tuple[Any, ...],
+        values: Mapping[str, torch.Tensor],
+        real_constants: bool,
+        recording: Recording,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.graph, self.nodes, self.stack = Graph(), recording.calls, [""]
+        self.recording, self.values, self.real_constants = recording, values, real_constants
+        self.given: Callable[[], list[int]] = list
+        self.symbols: dict[int, Node] = {}
+        self.twins: dict[int, torch.Tensor] = {}
+        self.kept: list[torch.Tensor] = []  # so that no id is given twice
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if tensor.is_meta or isinstance(tensor, nn.Parameter) or not real_constants:
+                self.recording.state[self._placeholder(tensor).name] = name
+        for number, tensor in enumerate(x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)):
+            self._placeholder(tensor).meta["input"] = number
+
+    def node_of(self, tensor: torch.Tensor) -> Node | None:
+        return self.symbols.get(id(tensor))
+
+    def finish(self, outputs: Any) -> Recording:
+        """The recording, without the calls that nothing comes of."""
+        tensors = [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
+        results = tuple(self.symbols[id(x)] for x in tensors if id(x) in self.symbols)
+        output = self.graph.output(results)
+        used = {_storage(x) for x in tensors}
+        alive: list[Node] = []
+        for node in reversed(self.nodes):
+            if node.target is operator.getitem:
+                alive.append(node)
+                continue
+            if used & {_storage(x) for x in _tensors_in(node.meta["val"])}:
+                alive.append(node)
+                used |= {_storage(x) for n in node.all_input_nodes for x in _tensors_in(n.meta["val"])}
+        kept = set(alive)
+        nodes = [n for n in reversed(alive) if n.target is not operator.getitem or n.args[0] in kept]
+        self.recording.nodes = (*nodes, output)
+        return self.recording
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        tensors = list(_tensors_in((args, kwargs)))
+        symbolic = any(id(x) in self.symbols for x in tensors)
+        if symbolic and name in _READS_VALUES:
+            raise DataDependent(f"it looks at the values of a tensor ({func}) in layer {self.stack[-1]!r}")
+        if not symbolic:
+            if self.real_constants or tensors:
+                return func(*args, **_off_meta(kwargs))
+        elif self.real_constants and name in _FACTORIES and _numel(args[1]) <= _RECKONED:
+            source = torch.empty((), dtype=args[0].dtype)
+            return func(source, *args[1:], **_off_meta(kwargs))
+        meta = any(x.is_meta for x in tensors)
+        args, kwargs = self._with_twins((args, kwargs), meta)
+        result = _without_work(name, args, kwargs)
+        if result is None:
+            result = func(*args, **kwargs)
+        self._write_down(func, args, kwargs, result)
+        return result
+
+    def _with_twins(self, value: Any, meta: bool) -> Any:
+        """Constants among the arguments become placeholders; beside tensors without memory they lose theirs too."""
+        if isinstance(value, torch.Tensor):
+            if id(value) in self.symbols:
+                return value
+            if id(value) not in self.twins:
+                twin = torch.empty_like(value, device="meta") if meta else value
+                node = self._placeholder(twin)
+                self.recording.constants[node.name] = value
+                self.kept.append(value)
+                self.twins[id(value)] = twin
+            return self.twins[id(value)]
+        if isinstance(value, list | tuple):
+            return type(value)(self._with_twins(v, meta) for v in value)
+        if isinstance(value, dict):
+            return {k: self._with_twins(v, meta) for k, v in value.items()}
+        return value
+
+    def _placeholder(self, tensor: torch.Tensor) -> Node:
+        node = self.graph.placeholder(f"tensor_{len(self.symbols)}")
+        node.meta["val"] = tensor
+        self._know(tensor, node)
+        return node
+
+    def _know(self, tensor: torch.Tensor, node: Node) -> None:
+        self.symbols[id(tensor)] = node
+        self.kept.append(tensor)
+
+    def _write_down(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        node = self.graph.create_node("call_function", func, self._nodes_in(args), self._nodes_in(kwargs))
+        node.meta.update(val=result, layer=self.stack[-1], sizes=_sizes(func, args, self.given()))
+        self.nodes.append(node)
+        if isinstance(result, torch.Tensor):
+            self._know(result, node)
+        elif isinstance(result, list | tuple):
+            for position, part in enumerate(result):
+                if isinstance(part, torch.Tensor):
+                    pick = self.graph.create_node("call_function", operator.getitem, (node, position))
+                    pick.meta.update(val=part, layer=self.stack[-1])
+                    self.nodes.append(pick)
+                    self._know(part, pick)
+
+    def _nodes_in(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self.symbols[id(value)]
+        if isinstance(value, list | tuple):
+            return type(value)(self._nodes_in(v) for v in value)
+        if isinstance(value, dict):
+            return {k: self._nodes_in(v) for k, v in value.items()}
+        return int(value) if isinstance(value, Size) else value
+
+
+_ELEMENTWISE = names("relu gelu silu sigmoid tanh hardswish hardsigmoid hardtanh leaky_relu elu mish softmax")
+_IN_PLACE = frozenset(f"{name}_" for name in _ELEMENTWISE)
+_SAME_SHAPE = frozenset({"add", "mul", "sub"})
+
+
+def _without_work(name: str, args: Any, kwargs: Any) -> Any:
+    """The result's shape where it is plain, because PyTorch takes long to tell it for tensors without memory."""
+    first = args[0] if args else None
+    if not isinstance(first, torch.Tensor) or not first.is_meta or not first.is_floating_point() or kwargs:
+        return None
+    if name in _IN_PLACE:
+        return first
+    if name in _ELEMENTWISE and not any(isinstance(a, torch.dtype) for a in args):
+        return _like(first)
+    if name in _SAME_SHAPE and isinstance(args[1], torch.Tensor):
+        alike = args[1].shape == first.shape and args[1].dtype == first.dtype and args[1].stride() == first.stride()
+        return _like(first) if alike else None
+    if name == "batch_norm" and not args[5] and first.dim() > 1:
+        fitting = all(t is None or (t.shape == first.shape[1:2] and t.dtype == first.dtype) for t in args[1:5])
+        return _like(first) if fitting else None
+    if name == "layer_norm":
+        last = list(first.shape[-len(args[1]) :])
+        fitting = all(t is None or (list(t.shape) == last and t.dtype == first.dtype) for t in args[2:4])
+        return (
+            torch.empty_like(first, memory_format=torch.contiguous_format)
+            if fitting and list(args[1]) == last
+            else None
+        )
+    return None
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    plain = tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+    if not plain:
+        return torch.empty_like(tensor)
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _sizes(func: Any, args: Any, given: list[int]) -> dict[str, tuple[Expr, ...]]:
+    """The origins of an operation's numbers, by argument; numbers the Python call did not have are plain."""
+    marked = [number for number in given if isinstance(number, Size)]
+    if not marked:
+        return {}
+    found: dict[str, tuple[Expr, ...]] = {}
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        if isinstance(value, int) and not isinstance(value, bool):
+            found[argument.name] = (_origin_of(int(value), marked),)
+        elif isinstance(value, list | tuple) and value and all(isinstance(v, int) for v in value):
+            exact = _aligned(value, given)
+            found[argument.name] = tuple(map(origin, exact)) if exact else tuple(_origin_of(v, marked) for v in value)
+    return found
+
+
+def _aligned(value: Any, given: list[int]) -> list[int] | None:
+    """The run of ``given`` that equals ``value``."""
+    width = len(value)
+    runs = [given[i : i + width] for i in range(len(given) - width + 1)]
+    return next((run for run in runs if [int(n) for n in run] == list(value)), None)
+
+
+def _origin_of(value: int, marked: list[Size]) -> Expr:
+    origins = {number.expr for number in marked if int(number) == value}
+    return origins.pop() if len(origins) == 1 else int(value)
+
+
+def _off_meta(kwargs: dict[str, Any]) -> dict[str, Any]:
+    device = kwargs.get("device")
+    return (
+        {**kwargs, "device": torch.device("cpu")}
+        if device is not None and torch.device(device).type == "meta"
+        else kwargs
+    )
+
+
+def _numel(shape: Any) -> int:
+    total = 1
+    for n in shape if isinstance(shape, list | tuple) else (shape,):
+        total *= int(n)
+    return total
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _tensors_in(entry)
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from _tensors_in(entry)
+
+
+@contextmanager
+def _layers_followed(module: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Keep the path of the module that runs on top of ``stack``."""
+    paths = {id(part): path for path, part in reversed(list(module.named_modules()))}
+
+    def enter(part: nn.Module, _: Any) -> None:
+        stack.append(paths.get(id(part), stack[-1]))
+
+    def leave(part: nn.Module, _: Any, __: Any) -> None:
+        stack.pop()
+
+    before = register_module_forward_pre_hook(enter)
+    after = register_module_forward_hook(leave, always_call=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()

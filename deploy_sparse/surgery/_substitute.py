@@ -1,0 +1,32 @@
+"""Layers with fixed sizes in PyTorch's own code, exchanged for equal ones without."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .layers import NarrowAttention, unsupported
+
+
+def with_open_attention(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """Exchange every ``nn.MultiheadAttention`` in place, and say where; those with extra parts stay as they are."""
+    paths = tuple(
+        path
+        for path, part in module.named_modules()
+        if isinstance(part, nn.MultiheadAttention) and unsupported(part) is None
+    )
+    for path in paths:
+        part = module.get_submodule(path)
+        assert isinstance(part, nn.MultiheadAttention)
+        if not path:
+            return NarrowAttention.of(part), paths
+        put(module, path, NarrowAttention.of(part))
+    return module, paths
+
+
+def put(module: nn.Module, path: str, part: nn.Module) -> None:
+    """Replace the submodule at ``path``, in place; wherever the same module is used it is replaced."""
+    old = module.get_submodule(path)
+    for parent in module.modules():
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = part
