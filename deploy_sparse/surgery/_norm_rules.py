@@ -120,18 +120,18 @@ def _replaceable(ledger: Ledger, node: Node, affine: list[Any]) -> tuple[str | N
     path = _owner(ledger, node, affine)
     if path != layer_of(node) or not path:
         return None, rank - 1, f"{place(node)} is written out in the code of layer {layer_name(node)!r}"
-    at, order = None, list(range(rank))
+    at, order = -1, list(range(rank))
     for step in ledger.by_layer[path]:
         name, _ = operation(step)
+        if step.meta["call"] != node.meta["call"]:
+            continue
         if step is node:
             at = order[1] if name == "group_norm" else order[-1]
         elif name in _MOVES:
             order = _moved(step, order)
-        elif name == operation(node)[0] and at is not None:  # the module is called again
-            pass
         elif name not in _COPIES:
             return None, rank - 1, f"layer {path!r} does more than {place(node)}"
-    if at is None or order != list(range(rank)):
+    if order != list(range(rank)):
         return None, rank - 1, f"layer {path!r} moves its axes around {place(node)}"
     return path, at, ""
 

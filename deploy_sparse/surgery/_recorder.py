@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -87,7 +88,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         recording: Recording,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.graph, self.nodes, self.stack = Graph(), recording.calls, [""]
+        self.graph, self.nodes, self.stack = Graph(), recording.calls, [("", 0)]
         self.recording, self.values, self.real_constants = recording, values, real_constants
         self.given: Callable[[], list[int]] = list
         self.symbols: dict[int, Node] = {}
@@ -127,7 +128,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = list(_tensors_in((args, kwargs)))
         symbolic = any(id(x) in self.symbols for x in tensors)
         if symbolic and name in _READS_VALUES:
-            raise DataDependent(f"it looks at the values of a tensor ({func}) in layer {self.stack[-1]!r}")
+            raise DataDependent(f"it looks at the values of a tensor ({func}) in layer {self.stack[-1][0]!r}")
         if not symbolic:
             if self.real_constants or tensors:
                 return func(*args, **_off_meta(kwargs))
@@ -172,7 +173,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _write_down(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         node = self.graph.create_node("call_function", func, self._nodes_in(args), self._nodes_in(kwargs))
-        node.meta.update(val=result, layer=self.stack[-1], sizes=_sizes(func, args, self.given()))
+        layer, call = self.stack[-1]
+        node.meta.update(val=result, layer=layer, call=call, sizes=_sizes(func, args, self.given()))
         self.nodes.append(node)
         if isinstance(result, torch.Tensor):
             self._know(result, node)
@@ -180,7 +182,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for position, part in enumerate(result):
                 if isinstance(part, torch.Tensor):
                     pick = self.graph.create_node("call_function", operator.getitem, (node, position))
-                    pick.meta.update(val=part, layer=self.stack[-1])
+                    pick.meta.update(val=part, layer=layer, call=call)
                     self.nodes.append(pick)
                     self._know(part, pick)
 
@@ -291,12 +293,14 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 @contextmanager
-def _layers_followed(module: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep the path of the module that runs on top of ``stack``."""
+def _layers_followed(module: nn.Module, stack: list[tuple[str, int]]) -> Iterator[None]:
+    """Keep the path of the module that runs on top of ``stack``, with a number of its own for each call."""
     paths = {id(part): path for path, part in reversed(list(module.named_modules()))}
 
+    numbers = itertools.count(1)
+
     def enter(part: nn.Module, _: Any) -> None:
-        stack.append(paths.get(id(part), stack[-1]))
+        stack.append((paths.get(id(part), stack[-1][0]), next(numbers)))
 
     def leave(part: nn.Module, _: Any, __: Any) -> None:
         stack.pop()

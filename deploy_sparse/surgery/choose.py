@@ -12,7 +12,7 @@ import torch
 from ._axes import Leak, Ledger, Read
 from ._equations import Equation, Extents, Positions, equations
 from ._provenance import Derived, Expr, Extent, Setting, evaluate, leaves
-from .graph import memberships, pinned_groups
+from .graph import memberships, pinned_groups, told_apart
 from .liveness import carries, folds, liveness, stuck
 from .parts import GroupPlan, Kind, Stay
 
@@ -331,15 +331,16 @@ class _Chooser:
 
     def _names(self) -> list[tuple[str, list[str]]]:
         """For each group its first producer and all tensors it spans."""
-        first: dict[int, str] = {}
+        first: dict[int, tuple[str, int]] = {}
         spans: list[dict[str, None]] = [{} for _ in self.members.sizes]
         for axis, roots in zip(self.ledger.axes.values(), self.axes, strict=True):
             numbers = self.members.group[roots[roots >= 0]]
             for number in np.unique(numbers[numbers >= 0]).tolist():
                 spans[number].setdefault(axis.name)
                 if axis.role == "producer":
-                    first.setdefault(number, axis.name)
-        return [(first[number], list(span)) for number, span in enumerate(spans)]
+                    first.setdefault(number, (axis.name, axis.dim))
+        names = told_apart([first[number] for number in range(len(spans))])
+        return [(name, list(span)) for name, span in zip(names, spans, strict=True)]
 
 
 def _solved(expr: Expr, wanted: int, known: Mapping[Setting, int]) -> tuple[Setting, int] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from ..structure import ChannelGroup, Producer, Slice
 from . import _flow_rules, _layer_rules, _norm_rules, _product_rules
-from ._axes import Axis, Grid, Ledger
+from ._axes import Axis, Grid, Ledger, NormUse
 from ._equations import equations
 from ._memory import overwrite
 from ._scaling import fix_unscalable
@@ -98,10 +98,24 @@ def analyse(
                 for value in held(ledger, source):
                     ledger.pin(value, NETWORK_OUTPUT)
     fix_unscalable(ledger)
+    _agree_on_constants(ledger)
     for name, why in ledger.reshaped_state.items():
         for axis in [a for a in ledger.axes.values() if a.name == name]:
             ledger.atoms.pin(axis.atoms, why)
     return ledger
+
+
+def _agree_on_constants(ledger: Ledger) -> None:
+    """A norm that is called several times counts one number for each channel that goes, so they must be equal."""
+    calls: dict[str, list[NormUse]] = {}
+    for use in ledger.norms:
+        if use.module is not None:
+            calls.setdefault(use.module, []).append(use)
+    for module, uses in calls.items():
+        same = torch.stack([use.constant for use in uses])
+        constant = torch.where((same == same[0]).all(dim=0), same[0], torch.nan)
+        if len(uses) > 1:
+            ledger.norms = [replace(u, constant=constant) if u.module == module else u for u in ledger.norms]
 
 
 def groups_of(ledger: Ledger) -> tuple[ChannelGroup, ...]:
@@ -116,10 +130,18 @@ def groups_of(ledger: Ledger) -> tuple[ChannelGroup, ...]:
             channels = np.where(numbers == number, members.channel[np.maximum(roots, 0)], -1)
             slices[number].append((axis, Slice(axis.name, axis.dim, tuple(channels.tolist()))))
     reasons = pinned_groups(ledger, members)
-    return tuple(
+    found = [
         _group(size, parts, reasons.get(number))
         for number, (size, parts) in enumerate(zip(members.sizes, slices, strict=True))
-    )
+    ]
+    names = told_apart([(group.name, group.producers[0].weight.dim) for group in found])
+    return tuple(replace(group, name=name) for group, name in zip(found, names, strict=True))
+
+
+def told_apart(producers: Sequence[tuple[str, int]]) -> list[str]:
+    """Names of groups by weight and axis of their first producers; the axis is named where a weight has two groups."""
+    weights = [name for name, _ in producers]
+    return [name if weights.count(name) == 1 else f"{name} (axis {dim})" for name, dim in producers]
 
 
 def pinned_groups(ledger: Ledger, members: Members) -> dict[int, str]:

@@ -49,6 +49,7 @@ def liveness(ledger: Ledger) -> Liveness:
     for step in steps:
         if isinstance(step, _ReadStep):
             step.note_leaks_(needed, leaks)
+        if not isinstance(step, _MixingStep):
             step.note_readers_(needed, readers)
     leaks = {root: leak for root, leak in leaks.items() if not needed[root]}
     return Liveness(needed, leaks | _lost(ledger, needed, readers))
@@ -122,12 +123,18 @@ class _MixingStep:
 
 class _NormStep:
     def __init__(self, ledger: Ledger, use: NormUse) -> None:
+        self.layer = use.module or use.place
         self.atoms = ledger.atoms.roots(use.atoms).numpy()  # [groups, channels]
         self.varies = use.constant.isnan().numpy() & (self.atoms >= 0)
 
     def spread_(self, needed: Bools) -> None:
         wanted = (needed[np.maximum(self.atoms, 0)] & (self.atoms >= 0)).any(axis=1, keepdims=True)
         needed[self.atoms[self.varies & wanted]] = True
+
+    def note_readers_(self, needed: Bools, readers: dict[int, str]) -> None:
+        for root in self.atoms[self.varies].tolist():
+            if needed[root]:
+                readers.setdefault(root, self.layer)
 
 
 def _step(ledger: Ledger, use: Read | Mixing | NormUse) -> _ReadStep | _MixingStep | _NormStep:

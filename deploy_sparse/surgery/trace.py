@@ -28,8 +28,8 @@ class Traced:
 
     Attributes:
         nodes: calls in execution order that something comes of, the output last. ``meta["val"]`` of a node is its
-            result (without memory), ``meta["layer"]`` the path of the innermost module, ``meta["sizes"]`` the origins
-            of its numbers by argument.
+            result (without memory), ``meta["layer"]`` the path of the innermost module, ``meta["call"]`` a number for
+            each call of it, ``meta["sizes"]`` the origins of its numbers by argument.
         state: placeholder name to state-dict name, for parameters and buffers.
         tensors: parameters and buffers by name, with their values.
         constants: placeholder name to value, for tensors that are neither.
