@@ -172,6 +172,7 @@ class Ledger:
     norms: list[NormUse] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)
     settings: list[tuple[Expr, torch.Tensor]] = field(default_factory=list)
+    biases: dict[str, str] = field(default_factory=dict)  # by weight
     divided: list[Node] = field(default_factory=list)
     balanced: list[tuple[tuple[torch.Tensor, ...], str]] = field(default_factory=list)
     written: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # rows, which of them are constant

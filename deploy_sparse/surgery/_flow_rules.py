@@ -45,6 +45,8 @@ def rule_for(node: Node) -> Callable[[Ledger, Node], Result] | None:
         return None if arguments(node)["train"] else identity
     if name in RESHAPE and "dtype" not in str(target):
         return same_operation
+    if name in ("max", "min") and getattr(target, "_overloadname", "") == "other":
+        return pointwise
     known = _TABLE.get(name)
     if known is not None:
         return known

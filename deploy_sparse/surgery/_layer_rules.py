@@ -131,6 +131,7 @@ def prelu(ledger: Ledger, node: Node) -> Value:
 def embedding(ledger: Ledger, node: Node) -> Value:
     """A table ``[words, channels]`` whose columns are written along the last axis."""
     given = arguments(node)
+    ledger.pin(ledger.value(given["indices"]), f"channels are positions in a table at {place(node)}")
     name, table = ledger.name(given["weight"]), ledger.traced.tensors[ledger.name(given["weight"])]
     channels = ledger.rows(name, 1, table.shape[1])
     shape = node.meta["val"].shape
@@ -195,12 +196,14 @@ def _mix(ledger: Ledger, node: Node, value: Value, dim: int, laid: _Layout) -> V
     result = torch.where(varies, torch.nan, shift)
     shape = node.meta["val"].shape
     plain = given["bias"] is None or ledger.is_state(given["bias"])
+    scales = plain and (given["bias"] is None or ledger.uses(given["bias"]) == 1) and ledger.uses(source) == 1
     if given["bias"] is not None and plain:
+        ledger.biases[name] = ledger.name(given["bias"])
         ledger.enter(ledger.name(given["bias"]), 0, rows, "bias", name)
         result = result + ledger.tensor(given["bias"])
     ledger.written.append((rows, ~result.isnan()))
     written = Value(
-        along(rows, dim, shape), compressed(along(result, dim, shape)), name, scales_with=name if plain else None
+        along(rows, dim, shape), compressed(along(result, dim, shape)), name, scales_with=name if scales else None
     )
     return written if plain else _plus(ledger, node, written, given["bias"], dim)
 

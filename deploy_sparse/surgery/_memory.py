@@ -49,7 +49,15 @@ def _write_through(ledger: Ledger, other: Node, node: Node, result: Value) -> No
 
     atoms = seen(known.atoms, result.atoms, UNTRACKED)
     constant = seen(known.constant, result.constant, torch.nan)
-    ledger.values[other] = replace(known, atoms=atoms, constant=constant, why=known.why or result.why, producer=None)
+    ledger.values[other] = replace(
+        known,
+        atoms=atoms,
+        constant=constant,
+        why=known.why or result.why,
+        producer=None,
+        scales_with=None,
+        sums_to_one=False,
+    )
 
 
 def _view(memory: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

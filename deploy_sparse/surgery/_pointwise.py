@@ -25,7 +25,7 @@ _SUMS = frozenset({"add", "sub", "rsub", "subtract"})
 def pointwise(ledger: Ledger, node: Node) -> Value:
     """Elementwise operations. Operands that hold channels side by side are joined; 0 times anything is 0."""
     shape = node.meta["val"].shape
-    sources = node.all_input_nodes
+    sources = _sources(node)
     operands = [ledger.value(n) for n in sources]
     constant = _constant_of(ledger, node, operands, shape)
     tracked = [(i, v) for i, v in enumerate(operands) if v.tracked]
@@ -48,7 +48,7 @@ def pointwise(ledger: Ledger, node: Node) -> Value:
 
 def _constant_of(ledger: Ledger, node: Node, operands: Sequence[Value], shape: torch.Size) -> torch.Tensor:
     """The operation applied to the constants; truth values are 0 and 1."""
-    nodes = node.all_input_nodes
+    nodes = _sources(node)
     name, _ = operation(node)
     if not _reckoned(node.meta["val"].dtype) or any(n.meta["val"].is_complex() for n in nodes):
         result = unknown_constant(shape)
@@ -77,9 +77,15 @@ def _applied(node: Node, known: dict[Node, torch.Tensor]) -> torch.Tensor:
         filled = known[source].nan_to_num(nan=1.0)
         return filled.bool() if source.meta["val"].dtype == torch.bool else filled
 
-    args, kwargs = map_arg((node.args, node.kwargs), number)
-    result = function(*args, **{k: v for k, v in kwargs.items() if k != "memory_format"}).to(torch.float64)
+    given = {key: value for key, value in node.kwargs.items() if key not in ("memory_format", "out")}
+    args, kwargs = map_arg((node.args, given), number)
+    result = function(*args, **kwargs).to(torch.float64)
     return torch.where(hidden, torch.nan, result)
+
+
+def _sources(node: Node) -> list[Node]:
+    """What the operation reads; the tensor it is to write into holds nothing yet."""
+    return [source for source in node.all_input_nodes if source is not node.kwargs.get("out")]
 
 
 def _chosen(ledger: Ledger, node: Node) -> torch.Tensor:

@@ -64,6 +64,8 @@ def attention(ledger: Ledger, node: Node) -> Value:
     given = arguments(node)
     query, key, value = (ledger.value(given[name]) for name in ("query", "key", "value"))
     shape = node.meta["val"].shape
+    if given["enable_gqa"] and query.shape[-3] != key.shape[-3]:
+        key, value = (_shared_out(v, query.shape[-3]) for v in (key, value))
     if len({tuple(v.shape[:-2]) for v in (query, key, value)}) > 1:
         for v in (query, key, value):
             ledger.pin(v, why := f"heads are shared out by {place(node)}")
@@ -76,7 +78,8 @@ def attention(ledger: Ledger, node: Node) -> Value:
     logits = contract(ledger, (query, batch + "LE"), (key, batch + "SE"), products)
     if given["attn_mask"] is not None:
         meet(ledger, node, logits, ledger.value(given["attn_mask"]), given["attn_mask"])
-    weights = replace(logits, sums_to_one=True)
+    # A row whose mask hides everything gives zeros, not an average.
+    weights = replace(logits, sums_to_one=given["attn_mask"] is None or _hides_no_row(ledger, given["attn_mask"]))
     return contract(ledger, (weights, batch + "LS"), (value, batch + "SM"), Product(node, batch + "LM", shape))
 
 
@@ -96,6 +99,25 @@ class Product:
     out: str
     shape: torch.Size
     softmax: bool = False
+
+
+def _shared_out(value: Value, heads: int) -> Value:
+    """Each head of ``value``, ``[.., heads, S, E]``, repeated for the queries that share it."""
+    times = heads // value.shape[-3]
+    return replace(
+        value,
+        atoms=compressed(value.atoms.repeat_interleave(times, dim=-3)),
+        constant=compressed(value.constant.repeat_interleave(times, dim=-3)),
+    )
+
+
+def _hides_no_row(ledger: Ledger, mask: Node) -> bool:
+    """Whether the mask is known, and leaves something to see in every row."""
+    known = lean(ledger.value(mask).constant)
+    if bool(known.isnan().any()):
+        return False
+    seen = known != 0 if mask.meta["val"].dtype == torch.bool else known > -torch.inf
+    return bool(seen.any(dim=-1).all())
 
 
 def contract(ledger: Ledger, left: tuple[Value, str], right: tuple[Value, str], product: Product) -> Value:

@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ._outputs import tensors_of
 from ._provenance import Expr, Size, SizesRemembered, origin, settings_marked
 from ._words import names
 
@@ -105,7 +106,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def finish(self, outputs: Any) -> Recording:
         """The recording, without the calls that nothing comes of."""
-        tensors = [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
+        tensors = tensors_of(outputs)
         results = tuple(self.symbols[id(x)] for x in tensors if id(x) in self.symbols)
         output = self.graph.output(results)
         used = {_storage(x) for x in tensors}
@@ -128,7 +129,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = list(_tensors_in((args, kwargs)))
         symbolic = any(id(x) in self.symbols for x in tensors)
         if symbolic and name in _READS_VALUES:
-            raise DataDependent(f"it looks at the values of a tensor ({func}) in layer {self.stack[-1][0]!r}")
+            raise DataDependent(f"it looks at the values of a tensor ({func}) in {_where(self.stack[-1][0])}")
         if not symbolic:
             if self.real_constants or tensors:
                 return func(*args, **_off_meta(kwargs))
@@ -225,6 +226,10 @@ def _without_work(name: str, args: Any, kwargs: Any) -> Any:
             else None
         )
     return None
+
+
+def _where(layer: str) -> str:
+    return f"layer {layer!r}" if layer else "the network itself"
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:

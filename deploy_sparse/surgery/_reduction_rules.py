@@ -40,7 +40,7 @@ def reduce(ledger: Ledger, node: Node) -> Result:
     ledger.lose(value.atoms, value.constant, constant, f"would depend on the number of positions in {place(node)}")
     # The reduced axes, of size 1 by now, go or stay as ``shape`` says.
     made = Value(compressed(atoms.reshape(shape)), compressed(constant.reshape(shape)), value.producer, value.why)
-    return made if single else (made, *(untracked(o.shape, f"positions from {place(node)}") for o in outputs[1:]))
+    return made if single else (made, *(Value(made.atoms, unknown_constant(shape), why=value.why) for _ in outputs[1:]))
 
 
 def _collapsed(ledger: Ledger, node: Node, value: Value, over: set[int]) -> torch.Tensor:
@@ -52,7 +52,8 @@ def _collapsed(ledger: Ledger, node: Node, value: Value, over: set[int]) -> torc
     if not summed:
         return value.atoms.amin(dim=rest, keepdim=True) if rest else value.atoms
     where = place(node)
-    if operation(node)[0] not in ADD_UP:
+    order = arguments(node).get("ord", arguments(node).get("p", 2))
+    if operation(node)[0] not in ADD_UP or (isinstance(order, int | float) and order <= 0):
         ledger.fix(value, summed, f"channels are mixed by {where}")
     kept = sorted(axes - summed)
     sizes = [value.shape[d] if d in kept else 1 for d in range(len(value.shape))]
@@ -107,4 +108,4 @@ def pool(ledger: Ledger, node: Node) -> Result:
     for d in spatial:
         atoms = atoms.narrow(d, 0, 1)
     result = Value(atoms.expand(shape), constant.expand(shape), value.producer, value.why)
-    return result if single else (result, untracked(shape, f"positions from {place(node)}"))
+    return result if single else (result, Value(result.atoms, unknown_constant(shape), why=value.why))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,10 @@ from ._axes import Ledger
 from ._equations import Extents
 from ._recorder import Recording, record
 from ._scaling import factor, scalable
-from ._skeleton import to_meta
+from ._skeleton import to_meta, with_tensors
 from ._words import names
 from .parts import Rescale
-from .trace import arguments, is_pick, layer_of, operation
+from .trace import Traced, arguments, is_pick, layer_of, operation
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Rehearsal:
         ran: whether that operation was reached at all.
         rescales: rows that make up for numbers in the code which follow a width.
         calls: all operations of the narrowed network.
+        factors: by position among the operations compared: what the rows that make up are multiplied by.
     """
 
     wrong: Node | None
@@ -40,6 +41,7 @@ class Rehearsal:
     ran: bool = True
     rescales: tuple[Rescale, ...] = ()
     calls: tuple[Node, ...] = ()
+    factors: Mapping[int, float] = field(default_factory=dict)
 
 
 def rehearse(
@@ -50,21 +52,16 @@ def rehearse(
     Args:
         ledger: of the dense network.
         removed: the channels that went.
-        shell: the narrowed network without memory; the run may change it.
+        shell: the narrowed network without memory.
         inputs: positional inputs.
         replaced: paths of layers that run other operations than the dense ones.
     """
-    light = pytree.tree_map(lambda x: to_meta(x) if isinstance(x, torch.Tensor) else x, inputs)
-    ran = Recording()
-    problem = ""
-    try:
-        record(shell.eval(), light, dict(shell.named_buffers()), real_constants=True, into=ran)
-    except Exception as error:  # of the network's own code: any class
-        problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+    ran, problem = _run(shell, inputs)
     extents, rescales = Extents(ledger), list(_roots(ledger, removed))
+    factors: dict[int, float] = {}
     dense = list(_compared(ledger.traced.calls, replaced))
     compact = list(_compared(ran.calls, replaced))
-    for expected, found in zip(dense, compact, strict=False):
+    for position, (expected, found) in enumerate(zip(dense, compact, strict=False)):
         if expected.target != found.target:
             return Rehearsal(expected, f"the code runs {found.target} instead")
         if expected not in ledger.values:
@@ -76,7 +73,8 @@ def rehearse(
             rows = scalable(ledger, expected.args[0]) if by is not None else None  # type: ignore[arg-type]
             if by is None or rows is None:
                 return Rehearsal(expected, "its numbers depend on the width")
-            rescales.append(Rescale(rows.weight, rows.rows, by))
+            rescales.append(Rescale(rows.weight, rows.bias, rows.rows, by))
+            factors[position] = by
         if not _alike(ledger.traced.constants, expected, ran.constants, found):
             return Rehearsal(expected, "it reads a constant that depends on the width")
         for part, (before_, after_) in enumerate(zip(_tensors(expected), _tensors(found), strict=False)):
@@ -90,7 +88,50 @@ def rehearse(
     if len(dense) != len(compact):
         last = dense[min(len(compact), len(dense) - 1)]
         return Rehearsal(last, problem or "the code runs other operations", ran=False)
-    return Rehearsal(None, "", True, tuple(rescales), tuple(ran.calls))
+    return Rehearsal(None, "", True, tuple(rescales), tuple(ran.calls), factors)
+
+
+def rehearse_elsewhere(
+    first: Rehearsal, ledger: Ledger, there: Traced, shell: nn.Module, inputs: tuple[Any, ...], replaced: Sequence[str]
+) -> Rehearsal:
+    """Whether the narrowed network, at another size with the same operations, reckons with the same numbers.
+
+    Args:
+        first: how it ran at the example's size.
+        ledger: of the dense network, at the example's size; ``wrong`` is one of its operations.
+        there: the dense network at the other size.
+        shell: the narrowed network without memory.
+        inputs: of the other size.
+        replaced: paths of layers that run other operations than the dense ones.
+    """
+    ran, problem = _run(shell, inputs)
+    named, dense, compact = (
+        list(_compared(calls, replaced)) for calls in (ledger.traced.calls, there.calls, ran.calls)
+    )
+    for position, (here, expected, found) in enumerate(zip(named, dense, compact, strict=False)):
+        if expected.target != found.target:
+            return Rehearsal(here, f"at another size the code runs {found.target} instead")
+        for before, after in zip(_numbers(expected), _numbers(found), strict=True):
+            by = None if before == after else factor(expected, before, after)
+            wanted = first.factors.get(position)
+            if before != after and (by is None or wanted is None or not math.isclose(by, wanted, rel_tol=1e-12)):
+                return Rehearsal(here, "at another size its numbers depend on the width")
+        if not _alike(there.constants, expected, ran.constants, found):
+            return Rehearsal(here, "at another size it reads a constant that depends on the width")
+    if len(dense) != len(compact):
+        return Rehearsal(named[min(len(compact), len(named) - 1)], problem or "other operations", ran=False)
+    return Rehearsal(None, "")
+
+
+def _run(shell: nn.Module, inputs: tuple[Any, ...]) -> tuple[Recording, str]:
+    """What a copy of the shell ran, and why it stopped."""
+    light = pytree.tree_map(lambda x: to_meta(x) if isinstance(x, torch.Tensor) else x, inputs)
+    network, ran = with_tensors(shell, lambda _, x: x).eval(), Recording()
+    try:
+        record(network, light, dict(network.named_buffers()), real_constants=True, into=ran)
+    except Exception as error:  # of the network's own code: any class
+        return ran, (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ran, ""
 
 
 def _roots(ledger: Ledger, removed: np.ndarray) -> Iterator[Rescale]:
@@ -102,7 +143,7 @@ def _roots(ledger: Ledger, removed: np.ndarray) -> Iterator[Rescale]:
         rows, size = scalable(ledger, query), query.meta["val"].dim() - 1
         kept, dense = extents.size(query, size, removed), query.meta["val"].shape[size]
         if rows is not None and 0 < kept < dense:
-            yield Rescale(rows.weight, rows.rows, math.sqrt(kept / dense))
+            yield Rescale(rows.weight, rows.bias, rows.rows, math.sqrt(kept / dense))
 
 
 def _size(extents: Extents, node: Node, dim: int, part: int | None, removed: np.ndarray) -> int:

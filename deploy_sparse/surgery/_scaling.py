@@ -19,6 +19,7 @@ class ScalableRows:
     """Rows of ``weight`` (and of its bias) that nothing but one tensor is made of."""
 
     weight: str
+    bias: str | None
     rows: tuple[int, ...]
 
 
@@ -34,7 +35,7 @@ def scalable(ledger: Ledger, node: Node) -> ScalableRows | None:
     rows = tuple(i for i, atom in enumerate(written.atoms.tolist()) if atom in own)
     if len(rows) != len(own) or not _alone(ledger, node, own, value.scales_with):
         return None
-    return ScalableRows(value.scales_with, rows)
+    return ScalableRows(value.scales_with, ledger.biases.get(value.scales_with), rows)
 
 
 def factor(node: Node, dense: float, compact: float) -> float | None:

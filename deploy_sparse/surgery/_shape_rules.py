@@ -20,7 +20,10 @@ RESHAPE = names("view reshape _unsafe_view flatten unflatten expand expand_as vi
 def identity(ledger: Ledger, node: Node) -> Value:
     """Copies and casts: nothing changes, except that a cast to integers hides the constant."""
     value = ledger.value(node.args[0])  # type: ignore[arg-type]
-    if node.meta["val"].is_floating_point() or not node.args[0].meta["val"].is_floating_point():  # type: ignore[union-attr]
+    before, after = node.args[0].meta["val"].dtype, node.meta["val"].dtype  # type: ignore[union-attr]
+    if after.is_floating_point and before.is_floating_point and torch.finfo(after).eps > torch.finfo(before).eps:
+        return replace(value, constant=value.constant.to(after).to(torch.float64))
+    if after.is_floating_point or not before.is_floating_point:
         return value
     unknown = unknown_constant(value.shape)
     ledger.lose(value.atoms, value.constant, unknown, f"would be cast to integers by {place(node)}")
@@ -37,13 +40,28 @@ def same_operation(ledger: Ledger, node: Node, constant: torch.Tensor | None = N
     (value,) = inputs
 
     def made(a: torch.Tensor, c: torch.Tensor) -> Value:
-        whole = value.sums_to_one and a.shape[-1:] == value.shape[-1:]
+        whole = value.sums_to_one and a.shape[-1:] == value.shape[-1:] and _keeps_last_axis(node)
         return placed(ledger, replace(value, atoms=a, constant=c, sums_to_one=whole), fixed)
 
     fixed = _written_out(node) if operation(node)[0] in RESHAPE else frozenset()
     if isinstance(atoms, torch.Tensor):
         return made(atoms, constants)
     return tuple(made(a, c) for a, c in zip(atoms, constants, strict=True))
+
+
+def _keeps_last_axis(node: Node) -> bool:
+    """Whether rows along the last axis stay whole, their size being the same."""
+    name, given = operation(node)[0], arguments(node)
+    last = node.args[0].meta["val"].dim() - 1  # type: ignore[union-attr]
+    if name in ("slice", "select", "chunk", "split", "split_with_sizes", "unbind", "narrow"):
+        return bool(given["dim"] % (last + 1) != last)
+    if name == "transpose":
+        return last not in (given["dim0"] % (last + 1), given["dim1"] % (last + 1))
+    if name == "permute":
+        return bool(given["dims"][-1] % (last + 1) == last)
+    if name == "unsqueeze":
+        return bool(given["dim"] % (last + 2) != last + 1)
+    return name in RESHAPE and name not in ("flatten", "unflatten")
 
 
 def pick(ledger: Ledger, node: Node) -> Result:
@@ -71,6 +89,9 @@ def look_up(ledger: Ledger, node: Node) -> Value:
     if indices is None:
         indices = [None] * (given["dim"] % len(value.shape)) + [given["index"]]
     dims = {d for d, index in enumerate(indices) if index is not None}
+    for index in indices:
+        if index is not None:
+            ledger.pin(ledger.value(index), f"channels are positions in {place(node)}")
     if dims & set(varying(value.atoms)):
         ledger.fix(value, dims, f"channels are picked at fixed positions by {place(node)}")
     settled = even(value.constant, dims).expand(value.shape)
@@ -87,7 +108,7 @@ def look_up(ledger: Ledger, node: Node) -> Value:
     if atoms.shape != shape:
         ledger.pin(value, why := f"a mask picks elements in {place(node)}")
         return untracked(shape, why)
-    return placed(ledger, replace(value, atoms=atoms, constant=constant))
+    return placed(ledger, replace(value, atoms=atoms, constant=constant, sums_to_one=False))
 
 
 def pad(ledger: Ledger, node: Node) -> Result:
@@ -125,9 +146,10 @@ def filled(ledger: Ledger, node: Node) -> Value:
     written = float(number) if isinstance(number, int | float) else torch.nan
     constant = torch.full((), written, dtype=torch.float64).expand(shape)
     if isinstance(number, Node) and number.meta["val"].dim() == 0:
+        ledger.pin(ledger.value(number), f"a channel fills tensors in {place(node)}")
         constant = ledger.value(number).constant.expand(shape)
     if name in ("zero", "zero_", "fill", "fill_", "zeros_like", "ones_like", "full_like"):
-        return replace(ledger.value(given["self"]), constant=constant, scales_with=None)
+        return replace(ledger.value(given["self"]), constant=constant, scales_with=None, sums_to_one=False)
     return untracked(shape, f"numbers from {place(node)}", constant)
 
 
@@ -138,7 +160,7 @@ def copied(ledger: Ledger, node: Node) -> Value:
     shape = node.meta["val"].shape
     if target.tracked and not source.tracked and not set(varying(target.atoms)) & _extent(given["src"], shape):
         constant = compressed(source.constant.expand(shape))  # the same for all channels
-        return replace(target, constant=constant, scales_with=None)
+        return replace(target, constant=constant, scales_with=None, sums_to_one=False)
     if target.tracked and source.tracked:
         ledger.atoms.unify(target.atoms, source.atoms.expand(shape), f"channels meet {source.why} at {place(node)}")
     elif target.tracked:

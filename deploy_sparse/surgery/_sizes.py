@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -13,81 +14,169 @@ from torch.fx import Node
 from ._axes import Ledger
 from ._values import Value, lean
 from .graph import Doubts, analyse, held
-from .trace import layer_of, place, quick_trace
+from .trace import Traced, layer_of, place, quick_trace
 
 Shapes = tuple[torch.Size, ...]
 _SEED = 20220715
 _OTHER_OPERATIONS = "would not be the same at other input sizes, where the network runs other operations"
 
 
+@dataclass(frozen=True)
+class Setup:
+    """Inputs of another size.
+
+    Attributes:
+        inputs: without memory.
+        traced: the dense network's operations there.
+        ledger: what was learnt there, None where that can be nothing new.
+        alike: the same operations happen as at the example's size.
+    """
+
+    inputs: tuple[Any, ...]
+    traced: Traced
+    ledger: Ledger | None
+    alike: bool
+
+
 def free_size(inputs: tuple[Any, ...]) -> bool:
-    """Whether random inputs of other sizes make sense: floating tensors with a batch axis and nothing else."""
-    return all(isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() > 0 for x in inputs)
+    """Whether random inputs make sense: floating tensors with a batch axis; what is no tensor stays as it is."""
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    return bool(tensors) and all(x.is_floating_point() and x.dim() > 0 for x in tensors)
 
 
-def random_inputs(inputs: tuple[torch.Tensor, ...], shapes: Shapes, generator: torch.Generator) -> tuple[Any, ...]:
+def shapes_of_inputs(inputs: tuple[Any, ...]) -> Shapes:
+    """The shape of each input, an empty one for what is no tensor."""
+    return tuple(x.shape if isinstance(x, torch.Tensor) else torch.Size() for x in inputs)
+
+
+def random_inputs(inputs: tuple[Any, ...], shapes: Shapes, generator: torch.Generator) -> tuple[Any, ...]:
     """Standard normal float64 numbers of ``shapes``, on the devices of ``inputs``."""
     return tuple(
-        torch.randn(shape, generator=generator, dtype=torch.float64).to(x.device)
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(x.device) if isinstance(x, torch.Tensor) else x
         for shape, x in zip(shapes, inputs, strict=True)
     )
 
 
-def grown(shapes: Shapes, larger: Callable[[int, int], int]) -> Shapes:
-    """``shapes`` with every axis from the third on made ``larger(size, place counted from the end)``."""
+def grown(shapes: Shapes, larger: Callable[[int, int], int], axes: frozenset[int] | None = None) -> Shapes:
+    """``shapes`` with some axes made ``larger(size, place counted from the end)``: ``axes``, or all from the third on."""
     return tuple(
-        torch.Size([n if d < 2 else larger(n, len(shape) - d) for d, n in enumerate(shape)]) for shape in shapes
+        torch.Size(
+            [larger(n, len(shape) - d) if (d > 1 if axes is None else d in axes) else n for d, n in enumerate(shape)]
+        )
+        for shape in shapes
     )
 
 
-def slightly_larger(shapes: Shapes) -> Iterator[Shapes]:
-    """Other spatial sizes for a comparison: ``H + 2, W + 3``, or twice the size where a multiple is asked for."""
-    if any(len(shape) > 2 for shape in shapes):
-        yield grown(shapes, lambda n, place: n + (3 if place == 1 else 2))
-        yield grown(shapes, lambda n, place: 2 * n)
+def slightly_larger(shapes: Shapes) -> tuple[tuple[Shapes, ...], ...]:
+    """Other sizes for a comparison, in families of which the first that runs is taken.
+
+    Heights and widths that are even and odd, or twice the size where a multiple is asked for; and axis 1 too, for
+    networks whose channels lie elsewhere.
+    """
+    rank = max((len(shape) for shape in shapes), default=0)
+    if rank < 3:
+        return ()
+    mixed = grown(shapes, lambda n, place: n + (3 if place == 1 else 2))
+    odd = grown(shapes, lambda n, place: n + (2 if place == 1 else 1))
+    first = tuple(grown(shapes, lambda n, _: n + 1, axes) for axes in _axis_sets(rank) if 1 in axes)
+    return (mixed, grown(shapes, lambda n, _: 2 * n)), (odd,), first
+
+
+def _axis_sets(rank: int) -> list[frozenset[int]]:
+    """All axes but the batch's, and all but one of them, as one holds channels."""
+    every = frozenset(range(1, rank))
+    return [every, *(every - {d} for d in sorted(every, reverse=True))]
 
 
 def analyse_at_any_size(
     module: nn.Module, inputs: tuple[Any, ...], tensors: Mapping[str, torch.Tensor]
-) -> tuple[Ledger, Ledger | None]:
-    """:func:`analyse`, with only those constants that a second analysis, at another input size, finds again.
+) -> tuple[Ledger, tuple[Setup, ...]]:
+    """:func:`analyse`, with only those constants that analyses at other input sizes find again.
 
     The rules know where a constant depends on the size (a sum over positions); here the rest is found: numbers that
     ``forward()`` reckons from ``x.shape``, which the graph shows as if they were written out, and operations that
-    happen at some sizes only. Networks that take no other size keep everything.
+    happen at some sizes only, such as padding of odd ones. Networks that take no other size keep everything.
 
     Returns:
-        what was learnt, and, where other operations happen at the other size, what was learnt there.
+        what was learnt, and the other sizes.
     """
     ledger = analyse(module, inputs, tensors)
-    if not free_size(inputs):
-        return ledger, None
-    for shapes in _much_larger(tuple(x.shape for x in inputs)):
-        others = tuple(
-            torch.empty(shape, dtype=x.dtype, device="meta") for shape, x in zip(shapes, inputs, strict=True)
-        )
-        traced = quick_trace(module, others, tensors)
-        if traced is None:
+    constants = _has_constants(ledger)
+    setups: list[Setup] = []
+    doubts: dict[int, tuple[str, tuple[torch.Tensor, ...]]] = {}
+    for family in list(_much_larger(inputs, thorough=constants))[: 2 if constants else 1]:
+        found = (Setup(i, t, None, True) for i in family if (t := quick_trace(module, i, tensors)) is not None)
+        setup = next(found, None)
+        if setup is None:
             continue
-        alike = _steps(ledger.traced.nodes) == _steps(traced.nodes)
-        if alike and not _has_constants(ledger):
-            return ledger, None
-        other = analyse(module, others, tensors, again=ledger, traced=traced)
-        if doubts := _doubts(ledger, other):
-            ledger = analyse(module, inputs, tensors, doubts=doubts, again=ledger, traced=ledger.traced)
-        return ledger, None if alike else other
-    return ledger, None
+        alike = _steps(ledger.traced.nodes) == _steps(setup.traced.nodes)
+        if constants or not alike:
+            other = analyse(module, setup.inputs, tensors, again=ledger, traced=setup.traced)
+            setup = replace(setup, ledger=other, alike=alike)
+            _join(doubts, _doubts(ledger, other))
+        setups.append(setup)
+    if doubts:
+        ledger = analyse(module, inputs, tensors, doubts=doubts, again=ledger, traced=ledger.traced)
+    return ledger, tuple(setups)
 
 
-def _much_larger(shapes: Shapes) -> Iterator[Shapes]:
-    """Other batch and spatial sizes for an analysis: far enough apart that ``x.shape[2] // 8`` changes as well."""
-    batches = tuple(torch.Size([3 if shape[0] != 3 else 2, *shape[1:]]) for shape in shapes)
-    if any(len(shape) > 2 for shape in shapes):
-        yield grown(batches, lambda n, place: n + n // 2 + (2 if place == 1 else 1))
-        yield grown(batches, lambda n, place: 2 * n)
-    if any(len(shape) == 3 for shape in shapes):  # [batch, tokens, features]
-        yield tuple(torch.Size([s[0], s[1] + s[1] // 2 + 1, s[2]]) if len(s) == 3 else s for s in batches)
-    yield batches
+def _join(known: dict[int, tuple[str, tuple[torch.Tensor, ...]]], more: Doubts) -> None:
+    for position, (cause, masks) in more.items():
+        if position in known:
+            first, before = known[position]
+            known[position] = (first, tuple(a | b for a, b in zip(before, masks, strict=True)))
+        else:
+            known[position] = (cause, masks)
+
+
+def _much_larger(inputs: tuple[Any, ...], *, thorough: bool) -> Iterator[list[tuple[Any, ...]]]:
+    """Other batch and spatial sizes for an analysis, far enough apart that ``x.shape[2] // 8`` changes as well.
+
+    Families of which the first that runs is taken: one with even and odd sizes, and one the other way round. All
+    inputs without memory; what is no tensor stays as it is.
+
+    Args:
+        thorough: look for axes of free size in any layout, not only where images and tokens have theirs.
+    """
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor) and x.dim() > 0]
+    if not tensors:
+        return
+    first = tensors[0].shape[0]
+    other = 3 if first != 3 else 2
+    rank = max(x.dim() for x in tensors)
+    images, words = frozenset(range(2, rank)), frozenset(range(1, rank))
+    ways = [(images, words), (images, frozenset[int]()), (frozenset({1}), words)]
+    if thorough and rank > 2:
+        ways = [*((axes, words) for axes in _axis_sets(rank)), *ways]
+
+    def made(floats: frozenset[int], integers: frozenset[int], larger: Callable[[int, int], int]) -> tuple[Any, ...]:
+        """Inputs with another batch, and larger along some axes of floating and of integer tensors."""
+
+        def size(x: torch.Tensor, d: int, n: int) -> int:
+            if d == 0:
+                return other if n == first else n
+            return larger(n, x.dim() - d) if d in (floats if x.is_floating_point() else integers) else n
+
+        return tuple(
+            torch.empty([size(x, d, n) for d, n in enumerate(x.shape)], dtype=x.dtype, device="meta")
+            if isinstance(x, torch.Tensor)
+            else x
+            for x in inputs
+        )
+
+    def odd_heights(n: int, place: int) -> int:
+        return n + n // 2 + (1 if place % 2 == 0 else 2)
+
+    def odd_widths(n: int, place: int) -> int:
+        return n + n // 2 + (2 if place % 2 == 0 else 1)
+
+    nothing = frozenset[int]()
+    yield [
+        *(made(*axes, odd_heights) for axes in ways),
+        *(made(*axes, lambda n, _: 2 * n) for axes in ways),
+        made(nothing, nothing, lambda n, _: n),
+    ]
+    yield [*(made(*axes, odd_widths) for axes in ways), *(made(*axes, lambda n, _: 4 * n) for axes in ways)]
 
 
 def _has_constants(ledger: Ledger) -> bool:

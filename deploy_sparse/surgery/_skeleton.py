@@ -55,6 +55,8 @@ def _copy_parts(parts: list[nn.Module], memo: dict[int, Any]) -> None:
     for part in parts:
         made = memo[id(part)].__dict__
         for name, value in vars(part).items():
+            if name == "_compiled_call_impl":  # it runs the original
+                value = None
             made[name] = value if isinstance(value, _PLAIN) else _copied(value, memo)
 
 

@@ -26,6 +26,9 @@ def with_open_attention(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
 def put(module: nn.Module, path: str, part: nn.Module) -> None:
     """Replace the submodule at ``path``, in place; wherever the same module is used it is replaced."""
     old = module.get_submodule(path)
+    for name, hooks in vars(old).items():
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and "state_dict" not in name:
+            setattr(part, name, hooks)  # they follow the place, not the layer
     for parent in module.modules():
         for name, child in parent._modules.items():
             if child is old:

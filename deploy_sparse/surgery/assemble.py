@@ -11,9 +11,10 @@ import torch
 from ._axes import Ledger, NormUse, Read
 from ._weights import contribution, matrices
 from .choose import Choice
+from .layers import spreadable
 from .liveness import folds as can_fold
 from .narrow import pick
-from .parts import Attribute, Blueprint, Carry, Cut, Fold, KeptNorm, Rescale
+from .parts import Attribute, Blueprint, Carry, Cut, Fold, KeptNorm, Rescale, Spread
 from .trace import weightlike
 
 
@@ -63,7 +64,8 @@ class Assembly:
         if name in self.columns:
             changed = self._carried(dense.double(), *self.columns[name])
         for rescale in self.rescales:
-            if name in (rescale.weight, _bias_of(rescale.weight)):
+            created = any(fold.weight == rescale.weight and fold.bias == name for fold in self.shape.folds)
+            if name in (rescale.weight, rescale.bias) or created:
                 changed = changed.double().clone()
                 changed[list(rescale.rows)] *= rescale.factor
         smaller = pick(changed, cuts).to(kind)
@@ -90,11 +92,27 @@ class Assembly:
         return made
 
 
-def assemble(ledger: Ledger, choice: Choice, attention: tuple[str, ...]) -> Assembly:
-    """Collect everything that follows from the choice."""
+def assemble(
+    ledger: Ledger,
+    choice: Choice,
+    tensors: Mapping[str, torch.Tensor],
+    attention: tuple[str, ...],
+    *,
+    spread: bool = False,
+) -> Assembly:
+    """Collect everything that follows from the choice.
+
+    Args:
+        tensors: dense tensors by name, masked.
+        attention: paths of attention without fixed sizes, in place of ``nn.MultiheadAttention``.
+        spread: let layers leave out rows of zeros in channels that others keep alive.
+    """
     removed = choice.removed
-    folds, gains = _folds(ledger, removed)
+    folds, gains = _folds(ledger, removed, tensors)
     cuts = _cuts(ledger, removed, folds)
+    spreads: tuple[Spread, ...] = ()
+    if spread:
+        cuts, spreads = _spreads(ledger, removed, cuts)
     norms, statistics = _norms(ledger, removed)
     replaced = {norm.module for norm in norms}
     module = ledger.module
@@ -106,15 +124,45 @@ def assemble(ledger: Ledger, choice: Choice, attention: tuple[str, ...]) -> Asse
             attributes.append(Attribute(setting.module, setting.name, setting.index, dense, value))
     touched = {cut.name.rpartition(".")[0] for cut in cuts} | {a.module for a in attributes}
     opened = tuple(path for path in attention if any(t == path or t.startswith(f"{path}.") for t in touched))
-    shape = Blueprint(cuts, folds, tuple(attributes), norms, opened)
+    shape = Blueprint(cuts, folds, tuple(attributes), norms, opened, spreads)
     carries = tuple(
         Carry(read.weight, column, len(columns)) for read, taken in choice.carriers for column, columns in taken.items()
     )
     columns = {read.weight: (read, taken) for read, taken in choice.carriers}
-    return Assembly(shape, carries, (), ledger.traced.tensors, gains, columns, statistics)
+    return Assembly(shape, carries, (), tensors, gains, columns, statistics)
 
 
-def _folds(ledger: Ledger, removed: np.ndarray) -> tuple[tuple[Fold, ...], dict[str, torch.Tensor]]:
+def _spreads(ledger: Ledger, removed: np.ndarray, cuts: tuple[Cut, ...]) -> tuple[tuple[Cut, ...], tuple[Spread, ...]]:
+    """Cut rows of zeros out of layers that write into shortcuts; one of each constant stays to be looked up."""
+    found, known = [], {(cut.name, cut.dim): cut for cut in cuts}
+    for read in ledger.reads:
+        path, _, attribute = read.weight.rpartition(".")
+        layer = ledger.module.get_submodule(path)
+        if attribute != "weight" or read.groups > 1 or not read.alone or not spreadable(layer):
+            continue
+        bias = getattr(layer, "bias", None)
+        shifts = torch.zeros(len(read.rows)) if bias is None else ledger.traced.tensors[f"{path}.bias"].cpu()
+        first: dict[float, int] = {}  # a row of zeros by the number that it gives
+        kept: list[int] = []
+        places = []
+        for row in np.flatnonzero(~_gone(ledger, read.rows, removed)).tolist():
+            same = first.get(float(shifts[row])) if read.silent_rows[row] else None
+            if same is None:
+                same = len(kept)
+                kept.append(row)
+                if read.silent_rows[row]:
+                    first[float(shifts[row])] = same
+            places.append(same)
+        if len(kept) < len(places):
+            found.append(Spread(path, tuple(places)))
+            for name in (read.weight, f"{path}.bias")[: 1 + (bias is not None or (f"{path}.bias", 0) in known)]:
+                known[name, 0] = Cut(name, 0, len(read.rows), tuple(kept))
+    return tuple(known.values()), tuple(found)
+
+
+def _folds(
+    ledger: Ledger, removed: np.ndarray, tensors: Mapping[str, torch.Tensor]
+) -> tuple[tuple[Fold, ...], dict[str, torch.Tensor]]:
     """What the biases gain when channels go: ``Σ_i W[:, i] · c_i``."""
     found, gains = [], {}
     for read in ledger.reads:
@@ -125,7 +173,7 @@ def _folds(ledger: Ledger, removed: np.ndarray) -> tuple[tuple[Fold, ...], dict[
         carried = gone & ~read.ignored & (read.constant.nan_to_num() != 0)
         if not bool(carried.any()):
             continue
-        weight = ledger.traced.tensors[read.weight].cpu()
+        weight = tensors[read.weight].cpu()
         constant = torch.where(carried, read.constant.nan_to_num(), 0.0)
         stay = ~torch.from_numpy(_gone(ledger, read.rows, removed))
         gain = contribution(weight, read.groups, read.transposed, read.part, constant, stay)
@@ -180,7 +228,3 @@ def _gone(ledger: Ledger, atoms: torch.Tensor, removed: np.ndarray) -> np.ndarra
     roots = ledger.atoms.roots(atoms).numpy()
     gone: np.ndarray = (roots >= 0) & removed[np.maximum(roots, 0)]
     return gone
-
-
-def _bias_of(weight: str) -> str:
-    return f"{weight.removesuffix('weight')}bias"

@@ -17,6 +17,7 @@ from .liveness import carries, folds, liveness, stuck
 from .parts import GroupPlan, Kind, Stay
 
 _ROUNDS = 1000
+_LEAST_CARRIER = 0.1  # of the largest constant that goes
 
 
 @dataclass
@@ -41,24 +42,27 @@ def choose(ledger: Ledger, multiple: int) -> Choice:
     return _Chooser(ledger, multiple).run()
 
 
-def choose_alike(ledger: Ledger, elsewhere: Ledger, multiple: int) -> Choice:
-    """:func:`choose`, letting go only what can also go at another input size, where other operations run."""
+def choose_alike(ledgers: Sequence[Ledger], multiple: int) -> list[Choice]:
+    """:func:`choose`, letting go only what can go at all input sizes, where other operations run."""
     while True:
-        choices = [choose(each, multiple) for each in (ledger, elsewhere)]
+        choices = [choose(each, multiple) for each in ledgers]
+        kept: dict[tuple[str, int], np.ndarray] = {}
+        for each, choice in zip(ledgers, choices, strict=True):
+            for key, alive in _kept(each, choice).items():
+                kept[key] = alive | kept[key] if key in kept else alive
         changed = False
-        kept = [_kept(each, choice) for each, choice in zip((ledger, elsewhere), choices, strict=True)]
-        for each, choice, other in ((ledger, choices[0], kept[1]), (elsewhere, choices[1], kept[0])):
+        for each, choice in zip(ledgers, choices, strict=True):
             for key, axis in each.axes.items():
-                if key not in other:
-                    continue
                 roots = each.atoms.roots(axis.atoms)
                 gone = (roots >= 0) & torch.from_numpy(choice.removed)[roots.clamp(min=0)]
-                back = gone & torch.from_numpy(other[key]).expand(gone.shape)
+                back = gone & torch.from_numpy(kept[key]).expand(gone.shape)
+                if axis.atoms.dim() > 1:  # a position stays for the sake of any of its channels
+                    back &= gone.all(dim=0)
                 if bool(back.any()):
                     each.atoms.pin(roots[back], _OTHER_SIZES)
                     changed = True
         if not changed:
-            return choices[0]
+            return choices
 
 
 _OTHER_SIZES = "it is needed at other input sizes, where the network runs other operations"
@@ -85,6 +89,11 @@ class _Chooser:
         self.grids = [ledger.atoms.roots(grid.atoms).numpy() for grid in ledger.grids]
         self.axes = [ledger.atoms.roots(a.atoms).numpy() for a in ledger.axes.values()]
         self.reads = [(r, ledger.atoms.roots(r.atoms).numpy()) for r in ledger.reads if not folds(r) and carries(r)]
+        self.fixed_reads = [
+            (r, ledger.atoms.roots(r.atoms).numpy(), ledger.atoms.roots(r.rows).numpy())
+            for r in ledger.reads
+            if not folds(r) and not carries(r)
+        ]
         self.dense = {
             leaf: self._setting(leaf)
             for leaf in {leaf for e in self.equations for leaf in leaves(e.expr) if isinstance(leaf, Setting)}
@@ -103,6 +112,7 @@ class _Chooser:
             self._sizes,
             self._widths,
             self._constants,
+            self._stuck,
         )
         for _ in range(_ROUNDS):
             if not any([step() for step in steps]):
@@ -197,13 +207,24 @@ class _Chooser:
         changed = False
         for read, roots, values in wanting:
             if not self._alive(roots).any():
-                best = max(range(len(roots)), key=lambda i: (asked[int(roots[i])], abs(values[i])))
+                large = np.abs(values) >= _LEAST_CARRIER * np.abs(values).max()
+                best = max(range(len(roots)), key=lambda i: (large[i], asked[int(roots[i])], abs(values[i])))
                 others = len(roots) - 1
                 kind: Kind = "carrier"
                 reason = f"carries the constants of {others} others through layer {read.layer!r}"
                 if not others:
                     kind, reason = "leak", f"constant {values[best]:.3g} {stuck(read)}"
                 changed |= self._give_back([int(roots[best])], kind, reason)
+        return changed
+
+    def _stuck(self) -> bool:
+        """Where a layer can neither fold nor carry constants, its rows that stay need them, needed or not."""
+        changed = False
+        for read, columns, rows in self.fixed_reads:
+            if not (self._alive(rows) & ~read.silent_rows.numpy()).any():
+                continue
+            gone = ~self._alive(columns) & (np.nan_to_num(read.constant.numpy()) != 0) & ~read.ignored.numpy()
+            changed |= self._give_back(np.unique(columns[gone]).tolist(), "leak", f"its constant {stuck(read)}")
         return changed
 
     def _values(self, read: Read) -> np.ndarray:
@@ -213,9 +234,12 @@ class _Chooser:
         """Columns that go with a constant the layer uses, and columns that stay and hold one, ``[groups, ci]``."""
         value = np.nan_to_num(read.constant.numpy())
         alive = self._alive(roots)
-        gone = ~alive & (value != 0) & ~read.ignored.numpy()
-        keeps = alive & (value != 0)
-        return gone.reshape(read.groups, -1), keeps.reshape(read.groups, -1)
+        gone = (~alive & (value != 0) & ~read.ignored.numpy()).reshape(read.groups, -1)
+        size = np.abs(value).reshape(read.groups, -1)
+        # A tiny constant would need huge weights to stand for the others.
+        least = _LEAST_CARRIER * np.where(gone, size, 0).max(axis=1, keepdims=True)
+        keeps = alive.reshape(read.groups, -1) & (size > 0) & (size >= least)
+        return gone, keeps
 
     def _carriers(self) -> list[tuple[Read, dict[int, list[int]]]]:
         found = []

@@ -18,7 +18,7 @@ from ..ticket import Ticket
 from ..ties import retied, tie_, ties, untied
 from .graph import Inputs, as_tuple
 from .narrow import narrowed
-from .plan import REMAKE, SurgeryPlan, decide
+from .plan import REMAKE, Norms, Shortcuts, SurgeryPlan, decide
 from .program import FILE as PROGRAM
 from .program import program_bytes
 from .verify import Parity, verify
@@ -65,7 +65,13 @@ class Compact:
 
 
 def compact(
-    ticket: Ticket, factory: Callable[[], nn.Module], example_inputs: Inputs | None = None, *, multiple: int = 1
+    ticket: Ticket,
+    factory: Callable[[], nn.Module],
+    example_inputs: Inputs | None = None,
+    *,
+    multiple: int = 1,
+    norms: Norms = "exact",
+    shortcuts: Shortcuts = "union",
 ) -> Compact:
     """Cut every channel that the ticket's masks make superfluous, and prove that the function is the same.
 
@@ -75,6 +81,8 @@ def compact(
         example_inputs: one tensor with a batch axis, or the tuple of positional inputs; real data makes the proof
             stronger. By default two seeded random samples of ``ticket.model.input_shape``.
         multiple: round each group's kept width up to this multiple, never above its dense size.
+        norms: whether channels that a norm counts may go, see :func:`~.plan.plan_from_ticket`.
+        shortcuts: what layers write whose masks disagree, see there.
 
     Raises:
         TicketError: the ticket is invalid or for another architecture.
@@ -82,7 +90,7 @@ def compact(
     """
     module = _dense(factory)
     inputs = _default_inputs(ticket) if example_inputs is None else example_inputs
-    decision = decide(ticket, module, inputs, multiple=multiple)
+    decision = decide(ticket, module, inputs, multiple=multiple, norms=norms, shortcuts=shortcuts)
     parity = verify(decision.dense, decision.compact, inputs, exact=decision.exact)
     return Compact(decision.compact, replace(decision.plan, ticket=ticket.hash, parity=parity), as_tuple(inputs))
 

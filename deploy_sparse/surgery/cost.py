@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from ._outputs import tensors_of
 from ._words import names
 from .trace import arguments, operation
 
@@ -97,7 +97,7 @@ def cost_of(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Cost, lis
     with _every_operator(), FlopCounterMode(display=False) as counter:
         outputs = module(*_copies(inputs))
     parameters = sum(p.numel() for p in module.parameters())
-    shapes = [y.shape for y in pytree.tree_leaves(outputs) if isinstance(y, torch.Tensor)]
+    shapes = [y.shape for y in tensors_of(outputs)]
     return Cost(parameters, counter.get_total_flops() // (2 * _batch(inputs))), shapes
 
 

@@ -2,5 +2,6 @@
 
 from .attention import NarrowAttention, unsupported
 from .norm import KeptStatisticsNorm
+from .spread import spread, spreadable
 
-__all__ = ["KeptStatisticsNorm", "NarrowAttention", "unsupported"]
+__all__ = ["KeptStatisticsNorm", "NarrowAttention", "spread", "spreadable", "unsupported"]

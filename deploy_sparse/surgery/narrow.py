@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import SurgeryError
 from ._skeleton import Replace, with_tensors
 from ._substitute import put
-from .layers import KeptStatisticsNorm, NarrowAttention
+from .layers import KeptStatisticsNorm, NarrowAttention, spread
 from .parts import Attribute, Blueprint, Cut, Fold, KeptNorm
 
 
@@ -49,6 +49,8 @@ def narrowed(module: nn.Module, shape: Blueprint, values: Replace | None = None)
         _set_(made, attribute)
     for path in owners:
         _update_sizes_(made.get_submodule(path))
+    for entry in shape.spreads:
+        put(made, entry.module, spread(_part(made, entry.module, nn.Module), entry.places))
     return made
 
 

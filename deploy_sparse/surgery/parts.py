@@ -82,12 +82,14 @@ class Rescale:
     """Rows of a layer multiplied by ``factor``: attention divides by the root of a head size that has shrunk.
 
     Attributes:
-        weight: the layer's weight; its bias is multiplied too.
+        weight: the layer's weight.
+        bias: its bias, which is multiplied too, None where there is none.
         rows: positions in the dense weight.
         factor: the number.
     """
 
     weight: str
+    bias: str | None
     rows: Positions
     factor: float
 
@@ -176,6 +178,19 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """A layer that writes fewer rows than its output has channels, see :mod:`.spread`.
+
+    Attributes:
+        module: path of the layer.
+        places: for each channel of its output the row that holds it.
+    """
+
+    module: str
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Blueprint:
     """Everything that changes the shape of a network, without weights.
 
@@ -184,6 +199,7 @@ class Blueprint:
         folds: biases that take up constants of removed channels.
         attributes: integers that the code reads.
         norms: norms replaced by ones that keep the dense statistics.
+        spreads: layers that compute rows of zeros once for all channels of a shortcut that need one.
         attention: paths of ``nn.MultiheadAttention`` replaced by one without fixed sizes.
     """
 
@@ -192,3 +208,4 @@ class Blueprint:
     attributes: tuple[Attribute, ...] = ()
     norms: tuple[KeptNorm, ...] = ()
     attention: tuple[str, ...] = ()
+    spreads: tuple[Spread, ...] = ()

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
@@ -19,24 +18,19 @@ from torch.fx import Node
 from .. import artifact
 from ..errors import SurgeryError
 from ..ticket import ModelRef, Ticket
-from ._axes import Ledger
-from ._rehearse import rehearse
 from ._sizes import analyse_at_any_size
 from ._skeleton import to_meta, with_tensors
 from ._substitute import with_open_attention
-from ._values import lean
-from .assemble import Assembly, assemble
-from .choose import choose, choose_alike
 from .cost import Cost, cost_of_trace
-from .graph import NETWORK_OUTPUT, Inputs, as_tuple, held
+from .graph import NETWORK_OUTPUT, Inputs, as_tuple
 from .narrow import narrowed
 from .parts import Blueprint, Carry, Cut, Fold, GroupPlan, Layer, Rescale
-from .trace import place
+from .settle import Settler
 from .verify import Parity
 
 REMAKE = "deploy-sparse compact <ticket>"
 Norms = Literal["exact", "leave"]
-_REHEARSALS = 25
+Shortcuts = Literal["union", "spread"]
 LISTED = 3  # partly filled layers that get a note each; more share one
 
 
@@ -201,7 +195,13 @@ class Decision:
 
 
 def plan_from_ticket(
-    ticket: Ticket, module: nn.Module, example_inputs: Inputs, *, multiple: int = 1, norms: Norms = "exact"
+    ticket: Ticket,
+    module: nn.Module,
+    example_inputs: Inputs,
+    *,
+    multiple: int = 1,
+    norms: Norms = "exact",
+    shortcuts: Shortcuts = "union",
 ) -> SurgeryPlan:
     """Decide what goes. The plan is tried without memory (so its cost is known), but its parity is not measured.
 
@@ -212,21 +212,30 @@ def plan_from_ticket(
         multiple: round each group's kept width up to this multiple, never above its dense size.
         norms: ``"exact"``: channels that a LayerNorm, RMSNorm or GroupNorm counts may go, and the norm is replaced by
             one that keeps counting them. ``"leave"``: such channels stay.
+        shortcuts: where layers that write into one shortcut lost different channels, those stay that any of them
+            writes. ``"union"``: all of the layers write them. ``"spread"``: a layer leaves out its rows of zeros, and
+            looks the others up, which costs a copy of its output.
 
     Raises:
         TicketError: the ticket is invalid or does not fit the module.
         SurgeryError: ``multiple`` below 1, a network that cannot be traced, or one that does not run when narrowed.
     """
-    plan = decide(ticket, module, example_inputs, multiple=multiple, norms=norms).plan
+    plan = decide(ticket, module, example_inputs, multiple=multiple, norms=norms, shortcuts=shortcuts).plan
     return replace(plan, ticket=ticket.hash)
 
 
 def decide(
-    ticket: Ticket, module: nn.Module, example_inputs: Inputs, *, multiple: int = 1, norms: Norms = "exact"
+    ticket: Ticket,
+    module: nn.Module,
+    example_inputs: Inputs,
+    *,
+    multiple: int = 1,
+    norms: Norms = "exact",
+    shortcuts: Shortcuts = "union",
 ) -> Decision:
     """:func:`plan_from_ticket` together with the masked and the compact network; the plan lacks the ticket's hash."""
     with _collection_paused():
-        return _decide(ticket, module, as_tuple(example_inputs), multiple, norms)
+        return _decide(ticket, module, as_tuple(example_inputs), multiple, norms, shortcuts)
 
 
 @contextmanager
@@ -241,7 +250,9 @@ def _collection_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _decide(ticket: Ticket, module: nn.Module, inputs: tuple[Any, ...], multiple: int, norms: Norms) -> Decision:
+def _decide(
+    ticket: Ticket, module: nn.Module, inputs: tuple[Any, ...], multiple: int, norms: Norms, shortcuts: Shortcuts
+) -> Decision:
     if multiple < 1:
         raise SurgeryError(f"multiple {multiple}", expected="1 or more", fix="use 1 to cut every dead channel")
     ticket.validate(module)
@@ -249,12 +260,15 @@ def _decide(ticket: Ticket, module: nn.Module, inputs: tuple[Any, ...], multiple
     plain = with_tensors(module, lambda _, x: to_meta(x)).eval()
     shell, attention = with_open_attention(with_tensors(plain, lambda _, x: x))
     tensors = {name: weights.get(name, x.detach()) for name, x in (*module.named_parameters(), *module.named_buffers())}
-    ledger, elsewhere = analyse_at_any_size(shell, inputs, tensors)
-    for each in (ledger, elsewhere) if elsewhere is not None else (ledger,):
+    # A weight of nothing but zeros that no mask made so is a start, as of positions and residual branches: it counts.
+    starts = {name for name, x in weights.items() if name not in ticket.masks and x.dim() > 1 and not bool(x.any())}
+    seen = {name: to_meta(x) if name in starts else x for name, x in tensors.items()}
+    ledger, setups = analyse_at_any_size(shell, inputs, seen)
+    for each in (ledger, *(setup.ledger for setup in setups if setup.ledger is not None)):
         for use in each.norms:
             if norms == "leave" or use.module is None:
                 each.atoms.pin(use.atoms, use.fixed or f"{use.place} is to keep its width")
-    settled = _settled(ledger, elsewhere, plain, inputs, multiple, attention)
+    settled = Settler(ledger, setups, tensors, plain, inputs, multiple, attention, shortcuts == "spread").run()
     made = settled.made
     plan = SurgeryPlan(
         model=ticket.model,
@@ -276,63 +290,6 @@ def _decide(ticket: Ticket, module: nn.Module, inputs: tuple[Any, ...], multiple
     if made.rounded:
         exact = narrowed(module, made.shape, lambda name, x: made.tensor(name, x, torch.float64)).eval()
     return Decision(plan, dense, compact, exact)
-
-
-@dataclass(frozen=True)
-class _Settled:
-    """A choice that was rehearsed: ``shell`` is the narrowed network without memory, ``calls`` what it ran."""
-
-    made: Assembly
-    groups: tuple[GroupPlan, ...]
-    shell: nn.Module
-    calls: tuple[Node, ...]
-
-
-def _settled(
-    ledger: Ledger,
-    elsewhere: Ledger | None,
-    plain: nn.Module,
-    inputs: tuple[Any, ...],
-    multiple: int,
-    attention: tuple[str, ...],
-) -> _Settled:
-    """Choose, rehearse, and keep what the code at the first wrong size holds on to, until the network runs."""
-    for _ in range(_REHEARSALS):
-        choice = choose(ledger, multiple) if elsewhere is None else choose_alike(ledger, elsewhere, multiple)
-        made = assemble(ledger, choice, attention)
-        if not made.shape.cuts:
-            return _Settled(made, choice.groups, plain, ledger.traced.calls)
-        shell = narrowed(plain, replace(made.shape, attention=attention), made.shell)
-        if ledger.traced.real:  # it looks at values, which the shell does not have; only the proof will tell
-            return _Settled(made, choice.groups, shell, ledger.traced.calls)
-        replaced = [norm.module for norm in made.shape.norms]
-        run = rehearse(ledger, choice.removed, shell, inputs, replaced)
-        if run.wrong is None:
-            return _Settled(replace(made, rescales=run.rescales), choice.groups, shell, run.calls)
-        node, problem = run.wrong, run.problem
-        if not _keep_near(ledger, node, choice.removed, f"{place(node)} needs this size: {problem}", itself=run.ran):
-            break
-    raise SurgeryError(
-        f"the narrowed network does not run: {problem} ({place(node)})",
-        expected="a network whose forward() takes its sizes from its tensors and layers",
-        fix="replace numbers written into forward() by x.shape or -1",
-    )
-
-
-def _keep_near(ledger: Ledger, node: Node, removed: np.ndarray, why: str, *, itself: bool) -> bool:
-    """Make the channels of the nearest tensors before ``node`` stay of which any went; False where there are none."""
-    near, seen = [node, *node.all_input_nodes] if itself else list(node.all_input_nodes), set[Node]()
-    while near:
-        values = [value for source in near for value in held(ledger, source)]
-        roots = [ledger.atoms.roots(lean(value.atoms)).reshape(-1) for value in values]
-        gone = any(bool(torch.from_numpy(removed)[r[r >= 0]].any()) for r in roots)
-        for value in values:
-            ledger.pin(value, why)
-        if gone:
-            return True
-        seen.update(near)
-        near = [source for known in near for source in known.all_input_nodes if source not in seen]
-    return False
 
 
 def _cost(calls: tuple[Node, ...], module: nn.Module, inputs: tuple[Any, ...]) -> Cost:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from ..errors import SurgeryError
-from ._sizes import Shapes, free_size, random_inputs, slightly_larger
+from ._trials import (
+    COMPACT,
+    MASKED,
+    Outputs,
+    Precisions,
+    Sample,
+    cast_inputs,
+    in_precision,
+    refusal,
+    run,
+    shapes_of,
+    trials,
+)
 from .graph import Inputs, as_tuple
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Largest accepted ``max|Δ| / max|y|`` by the precision of the outputs."""
 
-Sample = tuple[str, tuple[Any, ...]]
-_SEED = 20220713
-_BATCHES = (1, 3)
 _UNITS = 16  # how many units of the last place rounding may cost in float16 and bfloat16
 
 
@@ -86,11 +93,11 @@ class Parity:
 
 
 def verify(
-    dense: torch.nn.Module,
-    compact: torch.nn.Module,
+    dense: nn.Module,
+    compact: nn.Module,
     example_inputs: Inputs,
     *,
-    exact: torch.nn.Module | None = None,
+    exact: nn.Module | None = None,
 ) -> Parity:
     """Compare two networks in evaluation mode on the given inputs and on seeded random ones of several sizes.
 
@@ -108,54 +115,52 @@ def verify(
         SurgeryError: an output of another shape, not finite, or further off than ``TOLERANCE`` allows; or a network
             that does not run, or does not compute the same twice.
     """
-    reference = copy.deepcopy(dense).eval().to(torch.float64)
     examples = as_tuple(example_inputs)
-    _refuse_random(reference, examples)
-    samples, untried = _samples(examples, reference)
+    reference = in_precision(dense, torch.float64)
+    found, untried = trials(examples, reference)
+    samples, expected = [sample for sample, _ in found], [outputs for _, outputs in found]
+    with Precisions() as seen:  # the network's own casts may round what is in float64
+        again = run(reference, cast_inputs(examples, torch.float64), MASKED)
+    _refuse_random(expected[0], again)
+    del reference
+    within = _allowed(seen.coarsest)
     changed = 0 if exact is None else _rounded(compact, exact)
-    delivered = copy.deepcopy(compact).eval().to(torch.float64)
-    unrounded = copy.deepcopy(exact).eval().to(torch.float64) if exact is not None and changed else delivered
-    double = _deviation(reference, unrounded, samples, torch.float64, TOLERANCE)
-    rounding = None
-    rounded = compact
-    if changed:
-        assert exact is not None
-        limit = max(TOLERANCE[torch.float32], _UNITS * _resolution(compact))
-        after = _deviation(reference, delivered, samples, torch.float64, dict.fromkeys(TOLERANCE, limit))
+    delivered, rounding = compact, None
+    if exact is not None and changed:
+        double = _deviation(expected, exact, samples, torch.float64, within)
+        limit = max(within, _allowed(_resolution(compact), torch.float32))
+        after = _deviation(expected, compact, samples, torch.float64, limit)
         rounding = Rounding(changed, _precision(compact), after)
-        rounded = exact if limit > TOLERANCE[torch.float32] else compact
-    del reference, delivered, unrounded
-    pair = [copy.deepcopy(module).eval().to(torch.float32) for module in (dense, rounded)]
-    single = _deviation(pair[0], pair[1], samples, torch.float32, TOLERANCE)
+        delivered = exact if limit > TOLERANCE[torch.float32] else compact
+    else:
+        double = _deviation(expected, compact, samples, torch.float64, within)
+    network = in_precision(dense, torch.float32)
+    expected = [run(network, cast_inputs(inputs, torch.float32), MASKED) for _, inputs in samples]
+    single = _deviation(expected, delivered, samples, torch.float32, _allowed(seen.coarsest, torch.float32))
     return Parity(single, double, (*(name for name, _ in samples), *untried), rounding)
 
 
 def _deviation(
-    dense: torch.nn.Module,
-    compact: torch.nn.Module,
-    samples: Sequence[Sample],
-    dtype: torch.dtype,
-    tolerance: Mapping[torch.dtype, float],
+    expected: Sequence[Outputs], compact: nn.Module, samples: Sequence[Sample], dtype: torch.dtype, limit: float
 ) -> Deviation:
+    network = in_precision(compact, dtype)
     max_abs = max_rel = 0.0
     agreed = total = 0
-    for name, inputs in samples:
-        cast = tuple(pytree.tree_map(lambda x: _cast(x, dtype), inputs))
-        expected = _run(dense, cast, "the masked dense network")
-        actual = _run(compact, cast, "the compact network")
-        if [y.shape for y in actual] != [y.shape for y in expected]:
-            raise _refusal(
-                f"the compact network's outputs have shapes {_shapes(actual)} on {name}, the masked network's "
-                f"{_shapes(expected)}"
+    for (name, inputs), references in zip(samples, expected, strict=True):
+        actual = run(network, cast_inputs(inputs, dtype), COMPACT)
+        if [y.shape for y in actual] != [y.shape for y in references]:
+            raise refusal(
+                f"the compact network's outputs have shapes {shapes_of(actual)} on {name}, the masked network's "
+                f"{shapes_of(references)}"
             )
-        for reference, output in zip(expected, actual, strict=True):
+        for reference, output in zip(references, actual, strict=True):
             for what, tensor in (("masked dense", reference), ("compact", output)):
                 if not bool(torch.isfinite(tensor).all()):
-                    raise _refusal(f"the {what} network's output on {name} has entries that are NaN or infinite")
+                    raise refusal(f"the {what} network's output on {name} has entries that are NaN or infinite")
             absolute, relative = _distance(reference, output)
-            limit = tolerance.get(reference.dtype, tolerance[torch.float32])
-            if relative > limit:
-                raise _refusal(
+            allowed = limit if reference.dtype == dtype else max(limit, TOLERANCE[torch.float32])
+            if relative > allowed:
+                raise refusal(
                     f"the compact network differs from the masked one by {absolute:.3g}, {relative:.3g} of max|y|, in "
                     f"{str(reference.dtype).removeprefix('torch.')} on {name}"
                 )
@@ -170,23 +175,20 @@ def _rounded(compact: torch.nn.Module, exact: torch.nn.Module) -> int:
     unrounded, changed = exact.state_dict(), 0
     for name, tensor in compact.state_dict().items():
         if name not in unrounded or not torch.equal(tensor, unrounded[name].to(tensor.dtype)):
-            raise _refusal(f"{name!r} of the compact network is not its float64 counterpart, rounded")
+            raise refusal(f"{name!r} of the compact network is not its float64 counterpart, rounded")
         changed += int((tensor != unrounded[name]).sum())
     return changed
 
 
-def _resolution(module: torch.nn.Module) -> float:
-    return max((torch.finfo(p.dtype).eps for p in module.parameters() if p.is_floating_point()), default=0.0)
+def _allowed(resolution: float, dtype: torch.dtype = torch.float64) -> float:
+    """The tolerance in ``dtype`` where the coarsest numbers have this resolution."""
+    if dtype == torch.float64 and resolution <= torch.finfo(torch.float64).eps:
+        return TOLERANCE[torch.float64]
+    coarse = _UNITS * resolution if resolution > torch.finfo(torch.float32).eps else 0.0
+    return max(TOLERANCE[torch.float32], coarse)
 
 
-def _precision(module: torch.nn.Module) -> str:
-    dtypes = dict.fromkeys(p.dtype for p in module.parameters() if p.is_floating_point())
-    return " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-def _refuse_random(dense: torch.nn.Module, examples: tuple[Any, ...]) -> None:
-    inputs = tuple(pytree.tree_map(lambda x: _cast(x, torch.float64), examples))
-    first, second = (_run(dense, inputs, "the masked dense network") for _ in range(2))
+def _refuse_random(first: Outputs, second: Outputs) -> None:
     same = [x.shape for x in first] == [x.shape for x in second]
     off = max((_distance(a, b)[1] for a, b in zip(first, second, strict=True)), default=0.0) if same else torch.inf
     if off > TOLERANCE[torch.float64]:
@@ -198,46 +200,13 @@ def _refuse_random(dense: torch.nn.Module, examples: tuple[Any, ...]) -> None:
         )
 
 
-def _samples(examples: tuple[Any, ...], dense: torch.nn.Module) -> tuple[list[Sample], tuple[str, ...]]:
-    """Named inputs to compare on, and what could not be tried, in words."""
-    samples: list[Sample] = [(f"the example inputs {_shapes(pytree.tree_leaves(examples))}", examples)]
-    if not free_size(examples):
-        return samples, ()  # token ids and the like: random numbers would not be inputs of this network
-    generator = torch.Generator().manual_seed(_SEED)
-
-    def draw(shapes: Shapes) -> Sample:
-        inputs = random_inputs(examples, shapes, generator)
-        return f"random inputs {_shapes(inputs)}", inputs
-
-    own = tuple(x.shape for x in examples)
-    samples.append(draw(own))
-    batches = (draw(tuple(torch.Size([batch, *shape[1:]]) for shape in own)) for batch in _BATCHES)
-    samples += [sample for sample in batches if _accepts(dense, sample[1])]
-    larger = [draw(shapes) for shapes in slightly_larger(own)]
-    taken = next((sample for sample in larger if _accepts(dense, sample[1])), None)
-    if taken is not None:
-        return [*samples, taken], ()
-    tried = " or ".join(_shapes(inputs) for _, inputs in larger)
-    return samples, (f"no other spatial size (the dense network does not run at {tried})",) if larger else ()
+def _resolution(module: nn.Module) -> float:
+    return max((float(torch.finfo(p.dtype).eps) for p in module.parameters() if p.is_floating_point()), default=0.0)
 
 
-def _accepts(dense: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> bool:
-    """Whether the dense network runs at this size; some have theirs written into the code."""
-    try:
-        _run(dense, inputs, "the masked dense network")
-    except SurgeryError:
-        return False
-    return True
-
-
-@torch.no_grad()
-def _run(module: torch.nn.Module, inputs: tuple[Any, ...], what: str) -> list[torch.Tensor]:
-    try:
-        outputs = module(*(x.clone() if isinstance(x, torch.Tensor) else x for x in inputs))
-    except Exception as problem:
-        # Any error of the user's own forward() means the same here: this network does not run.
-        raise _refusal(f"{what} does not run: {str(problem).strip() or type(problem).__name__}") from problem
-    return [y for y in pytree.tree_leaves(outputs) if isinstance(y, torch.Tensor)]
+def _precision(module: nn.Module) -> str:
+    dtypes = dict.fromkeys(p.dtype for p in module.parameters() if p.is_floating_point())
+    return " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _distance(reference: torch.Tensor, output: torch.Tensor) -> tuple[float, float]:
@@ -253,19 +222,3 @@ def _top1(reference: torch.Tensor, output: torch.Tensor) -> tuple[int, int]:
         return 0, 0
     same = reference.argmax(dim=1) == output.argmax(dim=1)
     return int(same.sum()), same.numel()
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
-def _shapes(tensors: Any) -> str:
-    return ", ".join(str(list(x.shape)) for x in tensors if isinstance(x, torch.Tensor))
-
-
-def _refusal(given: str) -> SurgeryError:
-    return SurgeryError(
-        given,
-        expected="finite outputs within 1e-05 · max|y| in float32 and 1e-10 · max|y| in float64",
-        fix="no compact network is made; keep the masked dense one",
-    )

@@ -60,13 +60,16 @@ def test_where_masks_together_leave_no_channel_one_stays_and_says_so():
     assert result.module.free.weight.shape[0] == 4
 
 
-def test_a_layer_of_zeros_is_no_dead_end():
+def test_a_layer_that_starts_at_zero_counts_and_one_that_was_masked_does_not():
     dense = randomised(factory())
     with torch.no_grad():
         dense[0].weight.zero_()
         dense[3].weight.zero_()
     result = cut(ticket_of(dense, {}), factory)
-    assert result.module[3].weight.shape[0] >= 1
+    assert result.plan.cuts == ()
+    masks = {"3.weight": torch.ones_like(dense[3].weight, dtype=torch.bool)}
+    masks["3.weight"][:, 1:] = False
+    result = cut(ticket_of(dense, masks), factory)
     assert result.plan.cost_after.macs < result.plan.cost_before.macs
 
 

@@ -85,6 +85,7 @@ def test_sound_pair_passes_on_several_batch_sizes(pair):
         "random inputs [1, 3, 8, 8]",
         "random inputs [3, 3, 8, 8]",
         "random inputs [2, 3, 10, 11]",
+        "random inputs [2, 3, 9, 10]",
     )
     assert parity.float32.max_rel <= 1e-5
     assert parity.float64.max_rel <= 1e-10
@@ -155,7 +156,7 @@ def test_batch_size_written_into_the_network_limits_what_is_tried():
     assert verify(net, copy.deepcopy(net), X).inputs == (
         "the example inputs [2, 3, 8, 8]",
         "random inputs [2, 3, 8, 8]",
-        "no other spatial size (the dense network does not run at [2, 3, 10, 11] or [2, 3, 16, 16])",
+        "no other spatial size (the dense network does not run at [2, 3, 10, 11] or [2, 3, 16, 16] or [2, 3, 9, 10])",
     )
 
 
@@ -246,10 +247,16 @@ def test_no_rounding_is_told_where_there_is_none(pair):
     assert verify(*pair, X).rounding is None
 
 
-def test_integer_inputs_are_taken_as_given():
+def test_integer_inputs_are_taken_as_given_cut_and_repeated():
     net = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 2))
     parity = verify(net, copy.deepcopy(net), torch.tensor([[1, 2], [3, 6]]))
-    assert parity.inputs == ("the example inputs [2, 2]",)
+    assert parity.inputs == (
+        "the example inputs [2, 2]",
+        "one of the examples [1, 2]",
+        "one more example [3, 2]",
+        "shorter examples [2, 1]",
+        "longer examples [2, 4]",
+    )
 
 
 def test_zero_output_everywhere_is_compared_absolutely():
