@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import compact as compact
     from .api import load_compact as load_compact
+    from .api import load_program as load_program
     from .api import oneshot_ticket as oneshot_ticket
     from .dynamic import dynamic_sparsity as dynamic_sparsity
     from .engine.build import build_engine as build_engine
@@ -25,6 +26,7 @@ _HOMES = {
     "Ticket": ".ticket",
     "compact": ".api",
     "load_compact": ".api",
+    "load_program": ".api",
     "oneshot_ticket": ".api",
     "dynamic_sparsity": ".dynamic",
     "export_onnx": ".engine.export",
@@ -40,6 +42,7 @@ __all__ = [
     "export_onnx",
     "load_compact",
     "load_engine",
+    "load_program",
     "oneshot_ticket",
     "profile",
 ]

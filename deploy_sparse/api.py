@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -17,6 +17,7 @@ from .artifact import environment
 from .config import Config
 from .engine.target import load_target
 from .errors import ConfigError, TicketError, nearest
+from .masked import computed_weights
 from .sparsify import entry_scores
 from .sparsify._passes import held_batches
 from .sparsify.channel_scores import OF_DATA, channel_scores
@@ -26,11 +27,12 @@ from .sparsify.oneshot import SOURCES, source_masks
 from .sparsify.patterns import channels, silence, silent_pools, whole
 from .sparsify.regroup import RegroupRule, grouped_convolutions, regroup
 from .structure import ChannelGroup, density
-from .surgery.compact import Compact
+from .surgery.compact import Compact, checked_inputs
 from .surgery.compact import compact as compact_ticket
 from .surgery.compact import load_compact as load_compact_folder
-from .surgery.graph import Inputs, as_tuple, channel_groups
-from .surgery.plan import SurgeryPlan
+from .surgery.graph import Inputs, channel_groups
+from .surgery.plan import Norms, Shortcuts, SurgeryPlan
+from .surgery.program import load_program as load_program_file
 from .ticket import ModelRef, Provenance, Ticket
 from .ties import copied
 
@@ -51,6 +53,8 @@ def compact(
     example_inputs: tuple[torch.Tensor, ...] | None = None,
     format: Literal["auto", "channels"] = "auto",
     target: str | Path | Config | None = None,
+    norms: Norms = "exact",
+    shortcuts: Shortcuts = "union",
 ) -> Compact:
     """Cut a ticket's dead channels out and verify that the smaller network computes the same function.
 
@@ -62,6 +66,10 @@ def compact(
         format: ``"channels"`` removes channels; ``"auto"`` chooses, and channels are the only format so far.
         target: a target's name or file: kept widths are rounded up to the multiple that the target likes, by dead
             channels that stay.
+        norms: ``"exact"``: channels that a LayerNorm, RMSNorm or GroupNorm counts may go, and a norm that keeps
+            counting them takes its place. ``"leave"``: such channels stay.
+        shortcuts: ``"union"``: all layers that write into a shortcut keep the channels that any of them writes.
+            ``"spread"``: a layer leaves out its rows of zeros and looks them up, which costs a copy of its output.
 
     Returns:
         the compact network (``.module``, in evaluation mode), the plan (``.plan``) and the verification (``.parity``).
@@ -69,8 +77,10 @@ def compact(
     Raises:
         TicketError: the ticket does not fit the network, or no factory is known.
         SurgeryError: the network cannot be traced, or the result is not equal.
-        ConfigError: unknown format or target.
+        ConfigError: unknown format, target, norms or shortcuts.
     """
+    _refuse_unknown("norms", norms, get_args(Norms))
+    _refuse_unknown("shortcuts", shortcuts, get_args(Shortcuts))
     if format not in ("auto", "channels"):
         raise ConfigError(f"format {format!r}", expected="'auto' or 'channels'", fix="leave it out")
     ticket = ticket if isinstance(ticket, Ticket) else Ticket.load(ticket)
@@ -79,7 +89,12 @@ def compact(
         found: Any = target if isinstance(target, Config) else load_target(target)
         multiple = found.width_multiple
     return compact_ticket(
-        ticket, factory or zoo_factory(ticket.model, "compact(ticket, factory=…)"), example_inputs, multiple=multiple
+        ticket,
+        factory or zoo_factory(ticket.model, "deploy_sparse.compact(ticket, factory=…) in Python"),
+        example_inputs,
+        multiple=multiple,
+        norms=norms,
+        shortcuts=shortcuts,
     )
 
 
@@ -87,7 +102,7 @@ def load_compact(folder: str | Path, *, factory: Factory | None = None) -> torch
     """Load a compact network without its ticket, in evaluation mode.
 
     Args:
-        folder: what :meth:`Compact.save` wrote: ``plan.json`` and ``compact.safetensors``.
+        folder: what :meth:`Compact.save` wrote; read are ``plan.json`` and ``compact.safetensors``.
         factory: constructs the *dense* network; may be left out for a zoo network.
 
     Raises:
@@ -96,8 +111,24 @@ def load_compact(folder: str | Path, *, factory: Factory | None = None) -> torch
         SurgeryError: ``factory`` constructs another architecture.
     """
     if factory is None:
-        factory = zoo_factory(SurgeryPlan.load(folder).model, "load_compact(folder, factory=…)")
+        factory = zoo_factory(SurgeryPlan.load(folder).model, "deploy_sparse.load_compact(folder, factory=…) in Python")
     return load_compact_folder(folder, factory)
+
+
+def load_program(path: str | Path) -> torch.nn.Module:
+    """Load a compact network without its factory, on the CPU: no model code is needed.
+
+    It can be fine-tuned, but layers that behave otherwise in training (BatchNorm, dropout) stay as in evaluation; where
+    that matters, use :func:`load_compact`.
+
+    Args:
+        path: what :meth:`Compact.save` wrote; read are ``plan.json`` and ``compact.pt2``.
+
+    Raises:
+        ArtifactError: missing, damaged, saved without ``compact.pt2``, or anything but a program of tensors and
+            PyTorch's own operators.
+    """
+    return load_program_file(path)
 
 
 def oneshot_ticket(
@@ -148,7 +179,7 @@ def oneshot_ticket(
         ConfigError: an unknown pattern, score or distribution, a value out of range, batches that are missing or are
             none, or nothing that could be pruned.
         TicketError: a layer would lose its last weight, or weights are not finite.
-        SurgeryError: the network cannot be traced.
+        SurgeryError: the network does not take the inputs, or cannot be traced.
     """
     _refuse_unknown("pattern", pattern, tuple(_SCORES))
     _refuse_unknown(f"score for pattern {pattern!r}:", score, _SCORES[pattern])
@@ -164,7 +195,7 @@ def oneshot_ticket(
     sparsity, exclude = float(sparsity), (exclude,) if isinstance(exclude, str) else tuple(exclude)
     distribution = distribution or ("uniform" if pattern == "channels" else "global")
     _refuse_unknown("unknown distribution", distribution, ("uniform", "global", "erk"))
-    inputs, held = as_tuple(example_inputs), held_batches(batches)
+    inputs, held = checked_inputs(example_inputs, model), held_batches(batches)
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     metrics: dict[str, float] = {}
     whys: list[str] = []
@@ -274,10 +305,15 @@ def _channel_masks(
     pools = silent_pools(masks, groups, together=True)
     if not pools:
         reasons = list(dict.fromkeys(group.pinned for group in groups if group.pinned is not None))
+        computed = next(computed_weights(choice.weights), None)
+        if computed is not None:
+            reasons.append(f"{computed[0]!r} is computed from {computed[1]!r}")
         raise ConfigError(
             f"no layer can be narrowed: {'; '.join(reasons) or 'the network has no channels'}",
             expected="layers whose channels only layers of this network read",
-            fix="exclude fewer layers, or take pattern='unstructured'",
+            fix=computed[2]
+            if computed is not None
+            else f"{'exclude fewer layers, or ' if exclude else ''}take pattern='unstructured'",
         )
     masks = {rows.name: masks[rows.name] for pool in pools for rows in pool}
     if choice.score == "random":

@@ -76,6 +76,12 @@ def _state_of(source: object) -> dict[str, torch.Tensor]:
 
 def _refuse_computed(state: State) -> None:
     """Refuse weights that are computed from others: pruning them says nothing about the weight the network uses."""
+    for what, source, cure in computed_weights(state):
+        raise TicketError(f"{what!r} is computed from {source!r}", expected="plain weights", fix=cure)
+
+
+def computed_weights(state: State) -> Iterator[tuple[str, str, str]]:
+    """Weights that parametrizations, weight norm or spectral norm compute: the name, what from, and the cure."""
     for name in state:
         path, _, leaf = name.rpartition(".")
         owner, _, rest = name.rpartition("parametrizations.")
@@ -88,12 +94,8 @@ def _refuse_computed(state: State) -> None:
             what, how = name[:-5], f"remove_spectral_norm(module, {leaf[:-5]!r})"
         else:
             continue
-        raise TicketError(
-            f"{what!r} is computed from {name!r}",
-            expected="plain weights",
-            fix=f"write its value into the layer first: torch.nn.utils.{how}, with module = "
-            f"{(owner if 'parametrizations.' in name else path + '.').rstrip('.') or 'the network'}",
-        )
+        module = (owner if "parametrizations." in name else path + ".").rstrip(".") or "the network"
+        yield what, name, f"write its value into the layer first: torch.nn.utils.{how}, with module = {module}"
 
 
 def _masks_beside(state: State, of_module: bool) -> dict[str, torch.Tensor]:

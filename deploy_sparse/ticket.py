@@ -6,7 +6,7 @@ person can read. Loading needs neither the training code nor the network's class
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from .structure import Blocks, Channels, Dense, Unstructured, density, structure
 from .ties import retied, ties, untied
 
 REMAKE = "deploy-sparse run <recipe> --config <name>"
+OWN = "user factory"
 _PAYLOAD = "ticket.safetensors"
 
 
@@ -83,6 +84,10 @@ class Ticket:
     model: ModelRef
     provenance: Provenance
 
+    def __repr__(self) -> str:
+        share = f"density {density(self.masks):.1%}"
+        return f"Ticket({self.model.name}, {len(self.masks)} of {len(self.weights)} tensors masked, {share})"
+
     @property
     def hash(self) -> str:
         """SHA-256 over weights, masks, model and provenance: equal tickets, equal hashes."""
@@ -120,7 +125,7 @@ class Ticket:
         origin = Provenance(
             method, versions=artifact.environment(), metrics={"density": round(density(masks), 6)} if masks else {}
         )
-        return cls(weights, masks, model or ModelRef("user factory"), origin).validate()
+        return cls(weights, masks, model or ModelRef(OWN), origin).validate()
 
     def masked_weights(self) -> dict[str, torch.Tensor]:
         """The state dict with every masked entry set to zero; tensors without a mask are shared, not copied.
@@ -280,6 +285,8 @@ class Ticket:
             for name, tensor in state.items()
             if name in self.weights and self.weights[name].shape != tensor.shape
         ]
+        if missing or unknown:
+            self._refuse_other_names(missing, unknown, state)
         if missing or unknown or wrong:
             parts = [
                 f"{label} {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
@@ -288,9 +295,46 @@ class Ticket:
             ]
             raise TicketError(
                 f"the ticket is for another architecture than the given network: it {'; '.join(parts)}",
-                expected=f"the network it was made from ({self.model.name} {dict(self.model.arguments)})",
+                expected=f"the network it was made from{self._named()}",
                 fix="pass the factory of that network, or find a ticket for this one",
             )
+
+    def _named(self) -> str:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in self.model.arguments.items())
+        return "" if self.model.name == OWN else f": {self.model.name}({arguments})"
+
+    def _refuse_other_names(self, missing: Sequence[str], unknown: Sequence[str], state: Collection[str]) -> None:
+        """Refuse what is the right network under other names, as wrappers and pruning give."""
+        if prefix := _prefix(unknown, missing):
+            raise TicketError(
+                f"every name that only the ticket has begins with {prefix!r}; the network's names are the same without",
+                expected="a ticket by the names of the network that the factory makes",
+                fix="make it from the state dict without the prefix: "
+                f"{{name.removeprefix({prefix!r}): x for name, x in state_dict.items()}}",
+            )
+        if prefix := _prefix(missing, unknown):
+            raise TicketError(
+                f"every name that only the network has begins with {prefix!r}; the ticket's names are the same without",
+                expected="a factory that makes the network itself",
+                fix="let it return the network without DataParallel, torch.compile or another module around it: "
+                f"network.{prefix.rstrip('.')}",
+            )
+        pruned = [name for name in unknown if f"{name}_orig" in state and f"{name}_mask" in state]
+        if pruned:
+            raise TicketError(
+                f"the factory makes a pruned network: it holds '{pruned[0]}_orig' and '{pruned[0]}_mask' instead of "
+                f"{pruned[0]!r}",
+                expected="a factory that makes the dense network",
+                fix="construct it without pruning; its weights do not matter, the ticket has its own",
+            )
+
+
+def _prefix(longer: Sequence[str], shorter: Sequence[str]) -> str:
+    """What ``longer`` names begin with and ``shorter`` ones lack, when that is all they differ in."""
+    if len(longer) != len(shorter):
+        return ""
+    candidates = (name.removesuffix(shorter[0]) for name in longer if name.endswith(f".{shorter[0]}"))
+    return next((prefix for prefix in candidates if {f"{prefix}{name}" for name in shorter} == set(longer)), "")
 
 
 def _finite(weight: torch.Tensor) -> bool:

@@ -18,22 +18,32 @@ EXAMPLES = """  deploy-sparse compact runs/imp_refill-resnet_digits/ticket --out
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ticket", help="a ticket's folder, or a finished run's")
-    parser.add_argument("--out", required=True, help="folder to write: plan.json and compact.safetensors")
+    parser.add_argument("--out", required=True, help="folder to write: plan.json, compact.safetensors and compact.pt2")
+    parser.add_argument(
+        "--no-program", action="store_true", help="leave out compact.pt2, which loads without the factory"
+    )
     parser.add_argument("--target", help="round widths up to the multiple this target likes")
+    parser.add_argument("--norms", default="exact", help="exact: channels that a norm counts may go; leave: they stay")
+    parser.add_argument("--shortcuts", default="union", help="union: layers write what any of them writes; spread")
 
 
 def execute(options: argparse.Namespace) -> int:
+    from .. import artifact
     from ..api import compact
 
     source = Path(options.ticket)
     if (source / "run.json").is_file() and (source / "ticket").is_dir():
         source = source / "ticket"
-    made = compact(source, target=options.target)
-    made.save(options.out)
+    made = compact(source, target=options.target, norms=options.norms, shortcuts=options.shortcuts)
+    folder = made.save(options.out, program=not options.no_program)
+    found = artifact.read_json(folder / "plan.json")
+    program = "compact.pt2" in found["files"]
+    why = found.get("program")
     summary = made.plan.summary()
 
     def text() -> str:
-        return "\n".join([plan_text(made.plan), str(made.parity), f"written to {options.out}"])
+        left_out = f" without compact.pt2: {why}" if why else ""
+        return "\n".join([plan_text(made.plan), str(made.parity), f"written to {options.out}{left_out}"])
 
-    emit(options, {"folder": options.out, **summary}, text)
+    emit(options, {"folder": options.out, "program": program, "no_program": why, **summary}, text)
     return 0

@@ -43,9 +43,9 @@ def execute(options: argparse.Namespace) -> int:
     elif kind == "plan":
         plan, members = _done(path, options.target)
     else:
-        found = f"the artifact {kind!r}" if kind else "nothing to inspect" if path.exists() else "nothing"
+        found = f"the artifact {kind!r}" if kind else "nothing to inspect"
         raise ArtifactError(
-            f"{path} holds {found}",
+            f"{path} holds {found}" if path.exists() else f"{path} does not exist",
             expected="a ticket's folder, a compact network's folder, or a run's folder",
             fix="check the path; deploy-sparse show PATH says what any artifact is",
         )
@@ -81,15 +81,18 @@ def _subject(path: Path) -> Path:
 def _planned(path: Path, target: str | None) -> tuple[SurgeryPlan, Mapping[str, Sequence[str]]]:
     from .. import api
     from ..engine.target import load_target
-    from ..surgery.plan import decide
+    from ..surgery.plan import plan_from_ticket
     from ..ticket import Ticket
 
     ticket = Ticket.load(path)
-    module = api.zoo_factory(ticket.model, "deploy_sparse.compact(ticket, factory=…) in Python")()
+    elsewhere = "deploy_sparse.compact(ticket, factory=…) in Python; only to plan, "
+    elsewhere += "deploy_sparse.surgery.plan_from_ticket(ticket, network, example_inputs)"
+    module = api.zoo_factory(ticket.model, elsewhere)()
     floating = (tensor.dtype for tensor in ticket.weights.values() if tensor.is_floating_point())
     inputs = _inputs(ticket.model, next(floating, None))
     multiple = 1 if target is None else load_target(target).width_multiple
-    return decide(ticket, module, inputs, multiple=multiple).plan, _members(module.to(inputs.dtype), inputs)
+    plan = plan_from_ticket(ticket, module, inputs, multiple=multiple)
+    return plan, _members(module.to(inputs.dtype), inputs)
 
 
 def _done(path: Path, target: str | None) -> tuple[SurgeryPlan, Mapping[str, Sequence[str]] | None]:

@@ -30,7 +30,7 @@ def group_table(
     groups: Sequence[GroupPlan], notes: Sequence[str], members: Mapping[str, Sequence[str]] | None = None
 ) -> str:
     """One row for every channel group. A reason that no note tells is told here."""
-    columns = ["channel group", "channels", "kept", "stay though empty or needed"]
+    columns = ["channel group", "channels", "kept", "why channels stay"]
     rows = [[group.name, str(group.size), str(len(group.kept)), _stays(group, notes)] for group in groups]
     if members is not None:
         columns.append("members")

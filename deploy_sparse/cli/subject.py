@@ -31,13 +31,13 @@ def module_or_onnx(path: str) -> tuple[Any, tuple[Any, ...] | None]:
         module = api.zoo_factory(ticket.model, "build_engine(module, …) from Python")()
         module.load_state_dict(ticket.validate(module).masked_weights())
         return module.eval(), (torch.randn(2, *ticket.model.input_shape),)
-    found = f"the artifact {kind!r}" if kind else "no network" if Path(path).exists() else "nothing"
+    found = f"holds the artifact {kind!r}" if kind else "holds no network" if Path(path).exists() else "does not exist"
     fix = "check the path"
     for name in ("ticket", "compact", "model.onnx"):
         if (Path(path) / name).exists():
             fix = f"name what is in it, for example {Path(path) / name}"
     raise ArtifactError(
-        f"{path} holds {found}",
+        f"{path} {found}",
         expected="a compact network's folder, a ticket's folder, or a .onnx file",
         fix=fix,
     )

@@ -153,15 +153,20 @@ def _refuse_unknown(masks: Masks, groups: Sequence[ChannelGroup]) -> None:
 
 
 def by_writers(group: ChannelGroup) -> list[Pool]:
-    """The group's channels parted by which producers write them, in the order of their first channels."""
+    """The group's channels parted by which producers write them, in the order of their first channels.
+
+    Channels of one producer that other layers read (packed queries and keys, and values) are parted too.
+    """
     layers = [producer.weight for producer in group.producers]
     written = [frozenset(rows.channels) for rows in layers]
-    parts: dict[tuple[int, ...], set[int]] = {}
+    read = [frozenset(columns.channels) for columns in group.consumers]
+    parts: dict[tuple[tuple[int, ...], tuple[int, ...]], set[int]] = {}
     for channel in range(group.size):
         writers = tuple(number for number, own in enumerate(written) if channel in own)
+        readers = tuple(number for number, own in enumerate(read) if channel in own)
         if writers:
-            parts.setdefault(writers, set()).add(channel)
-    return [tuple(_only(layers[number], part) for number in writers) for writers, part in parts.items()]
+            parts.setdefault((writers, readers), set()).add(channel)
+    return [tuple(_only(layers[number], part) for number in writers) for (writers, _), part in parts.items()]
 
 
 def _only(rows: Slice, part: set[int]) -> Slice:

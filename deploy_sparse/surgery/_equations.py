@@ -13,7 +13,7 @@ from ._claims import shown_positions
 from ._provenance import Derived, Expr, Setting
 from ._values import Value, lean, varying
 from ._words import names
-from .trace import arguments, operation, place
+from .trace import arguments, is_pick, operation, place
 
 Removed = np.ndarray
 
@@ -126,7 +126,11 @@ def _of(ledger: Ledger, node: Node) -> Iterator[Equation]:
         parts = ledger.values[node]
         source = ledger.value(given["self"])
         dim = given["dim"] % len(source.shape)
-        if dim not in varying(source.atoms) or not isinstance(parts, tuple):
+        if not isinstance(parts, tuple):
+            return
+        if source.state and dim not in varying(source.atoms) and name == "split_with_sizes":
+            yield from _of_parameter(ledger, node, dim, exprs("split_sizes"))
+        if dim not in varying(source.atoms):
             return
         if name == "unbind":
             yield Equation(along(ledger, source, dim), source.shape[dim], where)
@@ -138,6 +142,14 @@ def _of(ledger: Ledger, node: Node) -> Iterator[Equation]:
                 yield from _whole(ledger, part, dim, expr, where)
     elif name in ("slice", "select", "narrow"):
         yield from _cut_out(ledger, node, exprs, where)
+
+
+def _of_parameter(ledger: Ledger, node: Node, dim: int, stated: tuple[Expr, ...]) -> Iterator[Equation]:
+    """Parts of a parameter, as of the packed rows of queries, keys and values."""
+    for user in ledger.users.get(node, ()):
+        roots = shown_positions(ledger, user, dim) if is_pick(user) else None
+        if roots is not None:
+            yield Equation(Positions(roots), stated[user.args[1]], place(node))  # type: ignore[index]
 
 
 _SIZED = names("view reshape _unsafe_view expand unflatten split split_with_sizes unbind slice select narrow")

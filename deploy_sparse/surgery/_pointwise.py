@@ -79,6 +79,8 @@ def _applied(node: Node, known: dict[Node, torch.Tensor]) -> torch.Tensor:
 
     given = {key: value for key, value in node.kwargs.items() if key not in ("memory_format", "out")}
     args, kwargs = map_arg((node.args, given), number)
+    if "out" in node.kwargs:
+        function = node.target.overloadpacket  # type: ignore[union-attr]
     result = function(*args, **kwargs).to(torch.float64)
     return torch.where(hidden, torch.nan, result)
 

@@ -94,9 +94,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.given: Callable[[], list[int]] = list
         self.symbols: dict[int, Node] = {}
         self.twins: dict[int, torch.Tensor] = {}
+        self.state: list[torch.Tensor] = []
+        self.buffers = {id(tensor) for _, tensor in module.named_buffers()}
         self.kept: list[torch.Tensor] = []  # so that no id is given twice
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if tensor.is_meta or isinstance(tensor, nn.Parameter) or not real_constants:
+                self.state.append(tensor)
                 self.recording.state[self._placeholder(tensor).name] = name
         for number, tensor in enumerate(x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)):
             self._placeholder(tensor).meta["input"] = number
@@ -106,7 +109,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def finish(self, outputs: Any) -> Recording:
         """The recording, without the calls that nothing comes of."""
-        tensors = tensors_of(outputs)
+        tensors = [*tensors_of(outputs), *self._written_state()]
         results = tuple(self.symbols[id(x)] for x in tensors if id(x) in self.symbols)
         output = self.graph.output(results)
         used = {_storage(x) for x in tensors}
@@ -122,6 +125,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         nodes = [n for n in reversed(alive) if n.target is not operator.getitem or n.args[0] in kept]
         self.recording.nodes = (*nodes, output)
         return self.recording
+
+    def _written_state(self) -> list[torch.Tensor]:
+        """Buffers that the run changed: what goes into them counts as an output."""
+        changed = {_storage(x) for node in self.nodes for x in _overwritten(node)}
+        return [x for x in self.state if _storage(x) in changed]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -155,6 +163,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.recording.constants[node.name] = value
                 self.kept.append(value)
                 self.twins[id(value)] = twin
+                if id(value) in self.buffers:
+                    self.state.append(twin)
             return self.twins[id(value)]
         if isinstance(value, list | tuple):
             return type(value)(self._with_twins(v, meta) for v in value)
@@ -207,6 +217,10 @@ def _without_work(name: str, args: Any, kwargs: Any) -> Any:
     first = args[0] if args else None
     if not isinstance(first, torch.Tensor) or not first.is_meta or not first.is_floating_point() or kwargs:
         return None
+    if name.startswith("conv_transpose") and first.dim() == args[1].dim() and first.shape[1] != args[1].shape[0]:
+        raise RuntimeError(
+            f"{name} of {first.shape[1]} channels by a weight for {args[1].shape[0]}"
+        )  # not checked there
     if name in _IN_PLACE:
         return first
     if name in _ELEMENTWISE and not any(isinstance(a, torch.dtype) for a in args):
@@ -226,6 +240,16 @@ def _without_work(name: str, args: Any, kwargs: Any) -> Any:
             else None
         )
     return None
+
+
+def _overwritten(node: Node) -> Iterator[torch.Tensor]:
+    """The tensors that an operation writes into."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return
+    for argument, value in zip(schema.arguments, node.args, strict=False):
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node):
+            yield from _tensors_in(value.meta["val"])
 
 
 def _where(layer: str) -> str:

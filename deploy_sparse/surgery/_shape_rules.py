@@ -72,7 +72,7 @@ def pick(ledger: Ledger, node: Node) -> Result:
     if value.state or dim in varying(value.atoms):
         made = same_operation(ledger, node)
         alike = isinstance(made, tuple) and len({part.shape for part in made}) == 1 and len(made) > 1
-        if alike and operation(node)[0] != "unbind" and dim in varying(value.atoms):
+        if alike and operation(node)[0] == "split" and dim in varying(value.atoms):
             ledger.balance([part.atoms for part in made], dim, place(node))  # type: ignore[union-attr]
         return made
     settled = even(value.constant, [dim])

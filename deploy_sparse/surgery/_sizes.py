@@ -58,7 +58,7 @@ def random_inputs(inputs: tuple[Any, ...], shapes: Shapes, generator: torch.Gene
 
 
 def grown(shapes: Shapes, larger: Callable[[int, int], int], axes: frozenset[int] | None = None) -> Shapes:
-    """``shapes`` with some axes made ``larger(size, place counted from the end)``: ``axes``, or all from the third on."""
+    """``shapes`` with some axes made ``larger(size, place counted from the end)``: ``axes``, or from the third on."""
     return tuple(
         torch.Size(
             [larger(n, len(shape) - d) if (d > 1 if axes is None else d in axes) else n for d, n in enumerate(shape)]
@@ -142,25 +142,26 @@ def _much_larger(inputs: tuple[Any, ...], *, thorough: bool) -> Iterator[list[tu
     if not tensors:
         return
     first = tensors[0].shape[0]
-    other = 3 if first != 3 else 2
     rank = max(x.dim() for x in tensors)
     images, words = frozenset(range(2, rank)), frozenset(range(1, rank))
     ways = [(images, words), (images, frozenset[int]()), (frozenset({1}), words)]
     if thorough and rank > 2:
         ways = [*((axes, words) for axes in _axis_sets(rank)), *ways]
 
-    def made(floats: frozenset[int], integers: frozenset[int], larger: Callable[[int, int], int]) -> tuple[Any, ...]:
+    def made(
+        floats: frozenset[int], integers: frozenset[int], larger: Callable[[int, int], int], batch: int = 3
+    ) -> tuple[Any, ...]:
         """Inputs with another batch, and larger along some axes of floating and of integer tensors."""
 
         def size(x: torch.Tensor, d: int, n: int) -> int:
             if d == 0:
-                return other if n == first else n
+                return n if n != first else batch if batch != first else 2
             return larger(n, x.dim() - d) if d in (floats if x.is_floating_point() else integers) else n
 
         return tuple(
             torch.empty([size(x, d, n) for d, n in enumerate(x.shape)], dtype=x.dtype, device="meta")
             if isinstance(x, torch.Tensor)
-            else x
+            else _other_number(x)
             for x in inputs
         )
 
@@ -176,7 +177,16 @@ def _much_larger(inputs: tuple[Any, ...], *, thorough: bool) -> Iterator[list[tu
         *(made(*axes, lambda n, _: 2 * n) for axes in ways),
         made(nothing, nothing, lambda n, _: n),
     ]
-    yield [*(made(*axes, odd_widths) for axes in ways), *(made(*axes, lambda n, _: 4 * n) for axes in ways)]
+    yield [
+        *(made(*axes, odd_widths, batch=1) for axes in ways),
+        *(made(*axes, lambda n, _: 4 * n, batch=1) for axes in ways),
+        made(nothing, nothing, lambda n, _: n, batch=1),
+    ]
+
+
+def _other_number(value: Any) -> Any:
+    """Another one for a fraction, which the network may reckon with; anything else may be a choice."""
+    return 1.25 * value + 0.125 if isinstance(value, float) else value
 
 
 def _has_constants(ledger: Ledger) -> bool:
@@ -201,7 +211,9 @@ def _doubts(ledger: Ledger, other: Ledger) -> Doubts:
             continue
         values = held(ledger, node)
         counterpart = matching.get(position)
-        theirs = held(other, others[counterpart]) if counterpart is not None else (None,) * len(values)
+        theirs: tuple[Value | None, ...] = held(other, others[counterpart]) if counterpart is not None else ()
+        if len(theirs) != len(values):  # as many parts as there are positions
+            theirs = (None,) * len(values)
         masks = tuple(_differs(v, match) for v, match in zip(values, theirs, strict=True))
         if any(bool(mask.any()) for mask in masks):
             size = f"would depend on the size of the input in {place(node)}"

@@ -15,11 +15,13 @@ _PLAIN = (int, float, str, bytes, bool, type(None), torch.dtype, torch.device, t
 _COPYING = ("__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__", "__new__")
 
 
-def with_tensors(module: nn.Module, replace: Replace) -> nn.Module:
+def with_tensors(
+    module: nn.Module, replace: Replace, plain: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+) -> nn.Module:
     """A copy of ``module`` whose parameter or buffer ``name`` is ``replace(name, tensor)``.
 
     Tied tensors stay tied, frozen parameters frozen, hooks and plain attributes are copied. A tensor that is neither
-    parameter nor buffer is copied as it is.
+    parameter nor buffer becomes ``plain(tensor)``.
     """
     memo: dict[int, Any] = {}
     for name, parameter in module.named_parameters():
@@ -28,7 +30,7 @@ def with_tensors(module: nn.Module, replace: Replace) -> nn.Module:
         memo[id(buffer)] = replace(name, buffer.detach())
     parts = list(module.modules())
     for tensor in _plain_tensors(parts):
-        memo.setdefault(id(tensor), tensor.detach().clone())  # a tensor with history cannot be copied otherwise
+        memo.setdefault(id(tensor), plain(tensor.detach()))  # a tensor with history cannot be copied otherwise
     if all(_copied_plainly(type(part)) for part in parts):
         _copy_parts(parts, memo)  # ten times as fast as what follows
     made = copy.deepcopy(module, memo)

@@ -30,7 +30,7 @@ def in_precision(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         made = x.to(dtype) if x.is_floating_point() else x
         return made.clone() if name in buffers and made is x else made  # some networks count in them
 
-    return with_tensors(module, cast).eval()
+    return with_tensors(module, cast, lambda x: x.to(dtype) if x.is_floating_point() else x.clone()).eval()
 
 
 def cast_inputs(inputs: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:

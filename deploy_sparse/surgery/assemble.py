@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,7 +112,7 @@ def assemble(
     cuts = _cuts(ledger, removed, folds)
     spreads: tuple[Spread, ...] = ()
     if spread:
-        cuts, spreads = _spreads(ledger, removed, cuts)
+        cuts, spreads = _spreads(ledger, removed, cuts, {fold.bias for fold in folds})
     norms, statistics = _norms(ledger, removed)
     replaced = {norm.module for norm in norms}
     module = ledger.module
@@ -132,7 +132,9 @@ def assemble(
     return Assembly(shape, carries, (), tensors, gains, columns, statistics)
 
 
-def _spreads(ledger: Ledger, removed: np.ndarray, cuts: tuple[Cut, ...]) -> tuple[tuple[Cut, ...], tuple[Spread, ...]]:
+def _spreads(
+    ledger: Ledger, removed: np.ndarray, cuts: tuple[Cut, ...], folded: Set[str]
+) -> tuple[tuple[Cut, ...], tuple[Spread, ...]]:
     """Cut rows of zeros out of layers that write into shortcuts; one of each constant stays to be looked up."""
     found, known = [], {(cut.name, cut.dim): cut for cut in cuts}
     for read in ledger.reads:
@@ -155,7 +157,7 @@ def _spreads(ledger: Ledger, removed: np.ndarray, cuts: tuple[Cut, ...]) -> tupl
             places.append(same)
         if len(kept) < len(places):
             found.append(Spread(path, tuple(places)))
-            for name in (read.weight, f"{path}.bias")[: 1 + (bias is not None or (f"{path}.bias", 0) in known)]:
+            for name in (read.weight, f"{path}.bias")[: 1 + (bias is not None or f"{path}.bias" in folded)]:
                 known[name, 0] = Cut(name, 0, len(read.rows), tuple(kept))
     return tuple(known.values()), tuple(found)
 

@@ -33,13 +33,14 @@ class NarrowAttention(nn.Module):
 
     It holds the very parameters of the layer it replaces, under the same names, so state dicts fit both ways. Heads,
     dims of heads, or channels of the stream are removed by slicing the weights (the same dims of every head, and of
-    queries, keys and values) and setting ``num_heads``; nothing else depends on a size.
+    queries and keys) and setting ``num_heads`` and ``parts``; nothing else depends on a size.
 
     Args:
         mha: the layer to stand in for.
 
     Attributes:
         num_heads: number of heads that the rows of each projection divide into.
+        parts: rows of the packed projection that are queries, keys and values.
         scale: factor of the scores, the dense head size to the power -1/2; it stays when dims of heads are removed.
         batch_first: batched inputs are ``[batch, length, width]``, not ``[length, batch, width]``.
         dropout: probability of dropping an attention weight in training.
@@ -67,6 +68,7 @@ class NarrowAttention(nn.Module):
                 fix="leave its channels in place",
             )
         self.num_heads: int = mha.num_heads
+        self.parts: list[int] = [mha.embed_dim] * 3
         self.scale: float = mha.head_dim**-0.5
         self.batch_first: bool = mha.batch_first
         self.dropout: float = mha.dropout
@@ -167,12 +169,12 @@ class NarrowAttention(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values, ``[N, length, heads * head size]``; ``others`` is None where all are ``query``."""
         if others is None and self.in_proj_weight is not None:
-            return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+            return F.linear(query, self.in_proj_weight, self.in_proj_bias).split(self.parts, dim=-1)  # type: ignore[no-any-return, no-untyped-call]
         key, value = others or (query, query)
         separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         packed = self.in_proj_weight
-        weights = cast(tuple[torch.Tensor, ...], separate) if packed is None else packed.chunk(3)
-        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        weights = cast(tuple[torch.Tensor, ...], separate) if packed is None else packed.split(self.parts)  # type: ignore[no-untyped-call]
+        biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.split(self.parts)  # type: ignore[no-untyped-call]
         return tuple(
             F.linear(x, weight, bias) for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )

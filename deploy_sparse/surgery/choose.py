@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from ._axes import Leak, Ledger, Read
+from ._axes import Ledger, Read
 from ._equations import Equation, Extents, Positions, equations
 from ._provenance import Derived, Expr, Extent, Setting, evaluate, leaves
-from .graph import memberships, pinned_groups, told_apart
+from .account import account
+from .graph import memberships
 from .liveness import carries, folds, liveness, stuck
-from .parts import GroupPlan, Kind, Stay
+from .parts import GroupPlan, Kind
 
 _ROUNDS = 1000
 _LEAST_CARRIER = 0.1  # of the largest constant that goes
@@ -116,7 +116,12 @@ class _Chooser:
         )
         for _ in range(_ROUNDS):
             if not any([step() for step in steps]):
-                return Choice(self.removed, self._settings(), self._plans(), self._carriers())
+                return Choice(
+                    self.removed,
+                    self._settings(),
+                    account(self.ledger, self.members, self.state, self.removed, self.why),
+                    self._carriers(),
+                )
         raise RuntimeError("the sizes of the narrowed network do not settle")  # each round gives something back
 
     def _dead(self) -> np.ndarray:
@@ -332,40 +337,6 @@ class _Chooser:
                         changed |= self._grow(other.positions, len(other.positions.roots), reason)
         return changed
 
-    def _plans(self) -> tuple[GroupPlan, ...]:
-        pins, pinned = self.ledger.atoms.pins(), pinned_groups(self.ledger, self.members)
-        names = self._names()
-        plans = []
-        for number, size in enumerate(self.members.sizes):
-            own = np.flatnonzero(self.members.group == number).tolist()
-            stays: list[Stay] = []
-            if number in pinned:
-                held = tuple(channel for channel, root in enumerate(own) if root in pins)
-                stays.append(Stay("pinned", held, pinned[number]))
-            leaks = {c: self.state.leaks[root] for c, root in enumerate(own) if root in self.state.leaks}
-            stays += _leaks({c: leak for c, leak in leaks.items() if not any(c in s.channels for s in stays)})
-            back: dict[tuple[Kind, str], list[int]] = {}
-            for channel, root in enumerate(own):
-                if root in self.why:
-                    back.setdefault(self.why[root], []).append(channel)
-            stays += [Stay(kind, tuple(channels), reason) for (kind, reason), channels in back.items()]
-            kept = tuple(channel for channel, root in enumerate(own) if not self.removed[root])
-            plans.append(GroupPlan(names[number][0], size, kept, tuple(stays), tuple(names[number][1])))
-        return tuple(plans)
-
-    def _names(self) -> list[tuple[str, list[str]]]:
-        """For each group its first producer and all tensors it spans."""
-        first: dict[int, tuple[str, int]] = {}
-        spans: list[dict[str, None]] = [{} for _ in self.members.sizes]
-        for axis, roots in zip(self.ledger.axes.values(), self.axes, strict=True):
-            numbers = self.members.group[roots[roots >= 0]]
-            for number in np.unique(numbers[numbers >= 0]).tolist():
-                spans[number].setdefault(axis.name)
-                if axis.role == "producer":
-                    first.setdefault(number, (axis.name, axis.dim))
-        names = told_apart([first[number] for number in range(len(spans))])
-        return [(name, list(span)) for name, span in zip(names, spans, strict=True)]
-
 
 def _solved(expr: Expr, wanted: int, known: Mapping[Setting, int]) -> tuple[Setting, int] | None:
     """The one unknown attribute among numbers, and the least value that gives ``wanted``."""
@@ -391,17 +362,3 @@ def _number(expr: Expr, known: Mapping[Setting, int]) -> int | None:
     if isinstance(expr, int):
         return expr
     return known.get(expr) if isinstance(expr, Setting) else None
-
-
-def _leaks(leaks: Mapping[int, Leak]) -> list[Stay]:
-    """One entry for each cause, with the range of its channels' constants."""
-    channels: dict[str, list[int]] = {}
-    for channel, leak in leaks.items():
-        channels.setdefault(leak.cause, []).append(channel)
-    stays = []
-    for cause, found in channels.items():
-        known = [c for c in (leaks[channel].constant for channel in found) if not math.isnan(c)]
-        ends = list(dict.fromkeys(f"{end:.3g}" for end in (min(known), max(known)))) if known else []
-        subject = f"constant{'s' if len(ends) > 1 else ''} {' to '.join(ends)}" if ends else "its constant"
-        stays.append(Stay("leak", tuple(found), f"{subject} {cause}"))
-    return stays

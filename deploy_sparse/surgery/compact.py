@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as bytes_from_tensors
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from .. import artifact
 from ..errors import ExportError, SurgeryError
 from ..ticket import Ticket
 from ..ties import retied, tie_, ties, untied
-from .graph import Inputs, as_tuple
+from ._skeleton import to_meta, with_tensors
+from .graph import Inputs
 from .narrow import narrowed
+from .notes import readable
 from .plan import REMAKE, Norms, Shortcuts, SurgeryPlan, decide
 from .program import FILE as PROGRAM
 from .program import program_bytes
@@ -47,20 +52,38 @@ class Compact:
         assert self.plan.parity is not None
         return self.plan.parity
 
-    def save(self, folder: str | Path) -> Path:
-        """Write weights and plan atomically into ``folder`` and return the folder. Saving twice is a no-op.
+    def __repr__(self) -> str:
+        before, after = self.plan.cost_before, self.plan.cost_after
+        parameters = f"{readable(before.parameters)} → {readable(after.parameters)} parameters"
+        macs = f"{readable(before.macs)} → {readable(after.macs)} MACs"
+        return f"Compact({type(self.module).__name__}, {parameters}, {macs})"
+
+    def save(self, folder: str | Path, *, program: bool = True) -> Path:
+        """Write the network atomically into ``folder`` and return the folder. Saving twice is a no-op.
+
+        Written are the plan as ``plan.json``, the weights as ``compact.safetensors``, and the whole network as
+        ``compact.pt2``, which :func:`~.program.load_program` loads without the factory. Where ``torch.export`` does
+        not take the network, the last is left out, and the plan's entry ``"program"`` says why.
+
+        Args:
+            folder: where to.
+            program: write ``compact.pt2`` too. It holds the weights again, and takes some seconds.
 
         Raises:
             ArtifactError: ``folder`` holds something else, or cannot be written.
         """
         state = self.module.state_dict()
         aliases = ties(state)
-        tensors = {name: t.detach().cpu().contiguous() for name, t in untied(state, aliases).items()}
+        stored = untied(state, aliases)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in stored.items()}
         payload, body = {_PAYLOAD: bytes_from_tensors(tensors)}, self.plan.to_json() | {"ties": aliases}
-        try:
-            payload[PROGRAM] = program_bytes(self.module, self.example_inputs)
-        except ExportError as problem:
-            body["program"] = problem.given
+        if inner := [name for name, t in stored.items() if _channels_innermost(t)]:
+            body["channels_last"] = inner
+        if program:
+            try:
+                payload[PROGRAM] = program_bytes(self.module, self.example_inputs)
+            except ExportError as problem:
+                body["program"] = problem.given
         return artifact.write_artifact(Path(folder), "plan", payload, body).folder
 
 
@@ -86,13 +109,17 @@ def compact(
 
     Raises:
         TicketError: the ticket is invalid or for another architecture.
-        SurgeryError: the network cannot be traced or narrowed, or the result is not the same function.
+        SurgeryError: inputs that the network does not take; a network that cannot be traced or narrowed; or the result
+            is not the same function.
     """
     module = _dense(factory)
-    inputs = _default_inputs(ticket) if example_inputs is None else example_inputs
+    inputs = checked_inputs(_default_inputs(ticket) if example_inputs is None else example_inputs, module)
+    if _derives_when_loaded(module):
+        module = copy.deepcopy(module)
+        module.load_state_dict(ticket.validate(module).masked_weights())
     decision = decide(ticket, module, inputs, multiple=multiple, norms=norms, shortcuts=shortcuts)
     parity = verify(decision.dense, decision.compact, inputs, exact=decision.exact)
-    return Compact(decision.compact, replace(decision.plan, ticket=ticket.hash, parity=parity), as_tuple(inputs))
+    return Compact(decision.compact, replace(decision.plan, ticket=ticket.hash, parity=parity), inputs)
 
 
 def load_compact(folder: str | Path, factory: Callable[[], nn.Module]) -> nn.Module:
@@ -109,10 +136,14 @@ def load_compact(folder: str | Path, factory: Callable[[], nn.Module]) -> nn.Mod
     found = artifact.read_artifact(Path(folder), "plan", remake=REMAKE)
     plan = SurgeryPlan.from_json(found.body)
     aliases = dict(found.body.get("ties", {}))
-    tensors = retied(tensors_from_bytes((found.folder / _PAYLOAD).read_bytes()), aliases)
-    module = narrowed(_skeleton(factory), plan.shape)
-    _refuse_other_architecture(module.state_dict(), tensors, plan)
-    module.load_state_dict(tensors, assign=True)
+    stored = tensors_from_bytes((found.folder / _PAYLOAD).read_bytes())
+    stored |= {name: _with_channels_innermost(stored[name]) for name in found.body.get("channels_last", ())}
+    tensors = retied(stored, aliases)
+    dense = _skeleton(factory)
+    shell = narrowed(with_tensors(dense, lambda _, x: to_meta(x)), plan.shape)
+    _refuse_other_architecture(shell.state_dict(), tensors, plan)
+    # Parameters that the network also keeps in lists are the same ones there.
+    module = narrowed(dense, plan.shape, lambda name, own: tensors.get(name, own))
     tie_(module, aliases)
     return module.eval()
 
@@ -133,8 +164,31 @@ def _skeleton(factory: Callable[[], nn.Module]) -> nn.Module:
         return _dense(factory)  # a constructor that computes with numbers out of tensors needs real ones
     stored = set(module.state_dict())
     tensors = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-    plain = any(isinstance(value, torch.Tensor) for part in module.modules() for value in vars(part).values())
+    plain = any(
+        _holds_a_tensor(value) for part in module.modules() for key, value in vars(part).items() if key != "_buffers"
+    )
     return module if tensors <= stored and not plain else _dense(factory)
+
+
+def _derives_when_loaded(module: nn.Module) -> bool:
+    """Whether loading weights changes more than them: views of them as plain attributes, or hooks."""
+    own = {x.untyped_storage().data_ptr() for x in (*module.parameters(), *module.buffers()) if x.numel()} - {0}
+    for part in module.modules():
+        if part._load_state_dict_post_hooks or part._load_state_dict_pre_hooks:
+            return True
+        for key, value in vars(part).items():
+            for x in () if key in ("_parameters", "_buffers", "_modules") else pytree.tree_leaves(value):
+                plain = isinstance(x, torch.Tensor) and not isinstance(x, nn.Parameter)
+                if plain and x.untyped_storage().data_ptr() in own:
+                    return True
+    return False
+
+
+def _holds_a_tensor(value: object) -> bool:
+    """Whether a plain attribute is a tensor, or a container of tensors that are no parameters."""
+    if isinstance(value, dict | list | tuple):
+        return any(isinstance(x, torch.Tensor) and not isinstance(x, nn.Parameter) for x in pytree.tree_leaves(value))
+    return isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
 
 
 def _refuse_no_factory(factory: object) -> None:
@@ -164,6 +218,71 @@ def _no_factory(given: str) -> SurgeryError:
         expected="a class or function whose call makes a new network each time",
         fix="pass the function itself, for example factory=lambda: MyNet(width=16)",
     )
+
+
+_LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _channels_innermost(tensor: torch.Tensor) -> bool:
+    """Whether the tensor lies in the memory format ``channels_last``, by strides where its shape leaves that open."""
+    layout = _LAYOUTS.get(tensor.dim())
+    if layout is None or not tensor.is_contiguous(memory_format=layout):
+        return False
+    return tensor.stride() != torch.empty(tensor.shape, device="meta").stride()
+
+
+def _with_channels_innermost(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, memory_format=_LAYOUTS[tensor.dim()]).copy_(tensor)
+
+
+def checked_inputs(example_inputs: Any, module: nn.Module) -> tuple[Any, ...]:
+    """Positional inputs as a tuple, refused where ``module`` cannot run on them whatever its weights.
+
+    Raises:
+        SurgeryError: neither a tensor nor a tuple of inputs, an empty batch, or other arguments than
+            ``forward()`` takes.
+    """
+    if not isinstance(example_inputs, torch.Tensor | tuple | list):
+        named = isinstance(example_inputs, Mapping)
+        raise SurgeryError(
+            f"example_inputs is {_kind(example_inputs)}" if not named else "example_inputs is a dict",
+            expected="one tensor with a batch axis, or the tuple of positional inputs",
+            fix=f"{_BY_POSITION}; a forward that takes a dict gets ({{…}},)"
+            if named
+            else "pass tensors, for example torch.as_tensor(array)",
+        )
+    inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
+    tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
+    if tensors and tensors[0].dim() and not len(tensors[0]):
+        raise SurgeryError(
+            f"the example inputs are a batch of 0 samples, of shape {list(tensors[0].shape)}",
+            expected="at least one sample; the batch axis is the first",
+            fix="pass two samples or more",
+        )
+    _refuse_other_arguments(module, inputs)
+    return inputs
+
+
+_BY_POSITION = "give every argument of forward() by position, in a tuple, and wrap a network with keyword-only ones"
+
+
+def _refuse_other_arguments(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    if module._forward_pre_hooks:
+        return  # they may add arguments
+    try:
+        signature = inspect.signature(module.forward)
+    except (TypeError, ValueError):
+        return  # compiled, without a signature to look at
+    try:
+        signature.bind(*inputs)
+    except TypeError as problem:
+        tensors = [list(x.shape) for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
+        shapes = " and ".join(map(str, tensors)) or "no tensor"
+        raise SurgeryError(
+            f"{_kind(module)} does not accept these inputs ({shapes}): {problem}",
+            expected=f"inputs for forward{signature}",
+            fix=_BY_POSITION,
+        ) from None
 
 
 def _default_inputs(ticket: Ticket) -> torch.Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import nn
 from torch.fx import Node
 
+from ..errors import SurgeryError
 from ..structure import ChannelGroup, Producer, Slice
 from . import _flow_rules, _layer_rules, _norm_rules, _product_rules
 from ._axes import Axis, Grid, Ledger, NormUse
@@ -46,6 +47,8 @@ def channel_groups(
     Raises:
         SurgeryError: the network cannot be traced.
     """
+    if unit not in get_args(Unit):
+        raise SurgeryError(f"unit={unit!r}", expected=f"one of {', '.join(get_args(Unit))}", fix="choose one of them")
     shell = with_open_attention(with_tensors(module, lambda _, x: to_meta(x)))[0]
     state = {name: x.detach() for name, x in (*module.named_parameters(), *module.named_buffers())}
     ledger = analyse(shell, as_tuple(example_inputs), state)

@@ -60,8 +60,9 @@ def pick(tensor: torch.Tensor, cuts: Iterable[Cut]) -> torch.Tensor:
     for cut in cuts:
         kept = torch.tensor(cut.kept, dtype=torch.int64, device=tensor.device)
         smaller = smaller.index_select(cut.dim, kept)
-    if smaller.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
-        smaller = smaller.contiguous(memory_format=torch.channels_last)
+    for rank, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if tensor.dim() == rank and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=layout):
+            smaller = smaller.contiguous(memory_format=layout)
     return smaller
 
 

@@ -96,7 +96,9 @@ def _pooled(kind: str, found: Sequence[Found]) -> list[str]:
     order = sorted(causes, key=lambda cause: -_channels(causes[cause]))
     shown = order if len(order) <= LISTED + 1 else order[:LISTED]
     lines = [
-        _line(*causes[cause][0]) if len(causes[cause]) == 1 else f"{_subject(kind, causes[cause])}: {cause}"
+        _line(*causes[cause][0])
+        if len(causes[cause]) == 1
+        else f"{_subject(kind, causes[cause])}: {cause}"
         f"{_where({group.name: len(stay.channels) for group, stay in causes[cause]})}"
         for cause in shown
     ]

@@ -136,7 +136,7 @@ class KeptNorm:
     eps: float | None
 
 
-Kind = Literal["pinned", "leak", "carrier", "aligned", "size", "product", "last"]
+Kind = Literal["pinned", "leak", "carrier", "aligned", "size", "product", "last", "shared"]
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Stay:
     ``kind``: ``"pinned"`` the network's structure needs them, ``"leak"`` their constant cannot be carried,
     ``"carrier"`` they carry the constants of others, ``"aligned"`` they fill the width up to the asked-for multiple,
     ``"size"`` the code states the size, ``"product"`` others at the same position of a split axis stay, ``"last"`` a
-    tensor must keep one.
+    tensor must keep one, ``"shared"`` some layers of a shortcut write nothing into them, and others do.
     """
 
     kind: Kind

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -16,14 +16,16 @@ from torch import nn
 from torch.fx import Node
 
 from .. import artifact
-from ..errors import SurgeryError
+from ..errors import SurgeryError, TicketError
 from ..ticket import ModelRef, Ticket
+from ..ties import ties
 from ._sizes import analyse_at_any_size
 from ._skeleton import to_meta, with_tensors
 from ._substitute import with_open_attention
-from .cost import Cost, cost_of_trace
-from .graph import NETWORK_OUTPUT, Inputs, as_tuple
+from .cost import Cost, cost_of, cost_of_trace
+from .graph import Inputs, as_tuple
 from .narrow import narrowed
+from .notes import notes_of
 from .parts import Blueprint, Carry, Cut, Fold, GroupPlan, Layer, Rescale
 from .settle import Settler
 from .verify import Parity
@@ -31,7 +33,6 @@ from .verify import Parity
 REMAKE = "deploy-sparse compact <ticket>"
 Norms = Literal["exact", "leave"]
 Shortcuts = Literal["union", "spread"]
-LISTED = 3  # partly filled layers that get a note each; more share one
 
 
 @dataclass(frozen=True)
@@ -122,37 +123,7 @@ class SurgeryPlan:
 
     def notes(self) -> list[str]:
         """What a reader should know besides the table: cost, what stays and why, folds, partly filled weights."""
-        before, after = self.cost_before, self.cost_after
-        lines = [
-            f"parameters {before.parameters} → {after.parameters} ({after.parameters / before.parameters:.1%})",
-            f"MACs of one sample {before.macs} → {after.macs} ({after.macs / max(1, before.macs):.1%})",
-        ]
-        for group in self.groups:
-            lines += [
-                f"{group.name}: {len(stay.channels)} of {group.size} channels stay ({stay.kind}): {stay.reason}"
-                for stay in group.stays
-                if (stay.kind, stay.reason) != ("pinned", NETWORK_OUTPUT)  # true of every network
-            ]
-        lines += [
-            f"{entry.weight}: constants of {entry.channels} removed columns went into {entry.bias}"
-            f"{', which is new' if entry.created else ''}"
-            for entry in self.shape.folds
-        ]
-        return [*lines, *self._filling()]
-
-    def _filling(self) -> list[str]:
-        """The notes on partly filled weights: one each for a few layers, one for all of them otherwise."""
-        shares = self.partly_filled
-        left = {layer.name: math.prod(layer.compact) for layer in self.layers if layer.name in shares}
-        if len(left) <= LISTED:
-            return [f"{name}: {share:.1%} of the weights left are unmasked" for name, share in shares.items()]
-        together = sum(shares[name] * count for name, count in left.items()) / sum(left.values())
-        order = sorted(left, key=lambda name: shares[name])
-        least, most = (f"{name} ({shares[name]:.1%})" for name in (order[0], order[-1]))
-        return [
-            f"{len(left)} layers are partly filled: {together:.1%} of the weights left in them are unmasked, "
-            f"least in {least}, most in {most}"
-        ]
+        return notes_of(self)
 
     def summary(self) -> dict[str, Any]:
         """What ``deploy-sparse show --json`` prints; JSON values only."""
@@ -253,16 +224,17 @@ def _collection_paused() -> Iterator[None]:
 def _decide(
     ticket: Ticket, module: nn.Module, inputs: tuple[Any, ...], multiple: int, norms: Norms, shortcuts: Shortcuts
 ) -> Decision:
+    for name, given, known in (("norms", norms, get_args(Norms)), ("shortcuts", shortcuts, get_args(Shortcuts))):
+        if given not in known:
+            raise SurgeryError(f"{name}={given!r}", expected=f"one of {', '.join(known)}", fix="choose one of them")
     if multiple < 1:
         raise SurgeryError(f"multiple {multiple}", expected="1 or more", fix="use 1 to cut every dead channel")
     ticket.validate(module)
-    weights = ticket.masked_weights()
+    weights = _retied(ticket, module)
     plain = with_tensors(module, lambda _, x: to_meta(x)).eval()
     shell, attention = with_open_attention(with_tensors(plain, lambda _, x: x))
     tensors = {name: weights.get(name, x.detach()) for name, x in (*module.named_parameters(), *module.named_buffers())}
-    # A weight of nothing but zeros that no mask made so is a start, as of positions and residual branches: it counts.
-    starts = {name for name, x in weights.items() if name not in ticket.masks and x.dim() > 1 and not bool(x.any())}
-    seen = {name: to_meta(x) if name in starts else x for name, x in tensors.items()}
+    seen = {name: _started(x, ticket.masks.get(name)) for name, x in tensors.items()}
     ledger, setups = analyse_at_any_size(shell, inputs, seen)
     for each in (ledger, *(setup.ledger for setup in setups if setup.ledger is not None)):
         for use in each.norms:
@@ -286,6 +258,8 @@ def _decide(
     )
     dense = with_tensors(module, lambda name, x: tensors[name]).eval()
     compact = narrowed(module, made.shape, made.tensor).eval()
+    if ledger.traced.real:  # the shell did not run
+        plan = replace(plan, cost_after=cost_of(compact, inputs)[0])
     exact = None
     if made.rounded:
         exact = narrowed(module, made.shape, lambda name, x: made.tensor(name, x, torch.float64)).eval()
@@ -297,10 +271,33 @@ def _cost(calls: tuple[Node, ...], module: nn.Module, inputs: tuple[Any, ...]) -
     return cost_of_trace(calls, sum(p.numel() for p in module.parameters()), batch)
 
 
-def masked_copy(module: nn.Module, ticket: Ticket) -> nn.Module:
-    """A copy of ``module`` in evaluation mode that holds the ticket's masked weights, in the ticket's precision."""
+def _started(weight: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """A weight of nothing but zeros is a start, as of positions and residual branches: what no mask took counts."""
+    if weight.dim() < 2 or weight.is_meta or not weight.is_floating_point() or bool(weight.any()):
+        return weight
+    unknown = torch.full_like(weight, torch.nan)
+    return unknown if mask is None else torch.where(mask.to(weight.device), unknown, weight)
+
+
+def _retied(ticket: Ticket, module: nn.Module) -> dict[str, torch.Tensor]:
+    """The masked weights, with what the network ties masked wherever one of the names is.
+
+    Raises:
+        TicketError: the ticket holds different weights for tied names.
+    """
     weights = ticket.masked_weights()
-    return with_tensors(module, lambda name, x: weights.get(name, x).detach().clone()).eval()
+    for alias, canonical in ties(module.state_dict()).items():
+        if weights[alias] is weights[canonical]:
+            continue
+        if not torch.equal(ticket.weights[alias], ticket.weights[canonical]):
+            raise TicketError(
+                f"{alias!r} and {canonical!r} differ in the ticket, and are one tensor in the network",
+                expected="equal weights under tied names",
+                fix="make the ticket from the tied network, or untie the names in the factory",
+            )
+        both = torch.where(weights[alias] != 0, weights[canonical], torch.zeros_like(weights[canonical]))
+        weights[alias] = weights[canonical] = both
+    return weights
 
 
 def _layers(dense: nn.Module, compact: nn.Module) -> tuple[Layer, ...]:

@@ -144,7 +144,7 @@ def _keep_near(run: _Run, why: str) -> bool:
     removed = torch.from_numpy(np.asarray(run.choice.removed))
     near, seen = [node, *node.all_input_nodes] if run.rehearsal.ran else list(node.all_input_nodes), set[Node]()
     while near:
-        values = [value for source in near for value in held(ledger, source)]
+        values = [value for source in near if source in ledger.values for value in held(ledger, source)]
         roots = [ledger.atoms.roots(lean(value.atoms)).reshape(-1) for value in values]
         gone = any(bool(removed[r[r >= 0]].any()) for r in roots)
         for value in values:

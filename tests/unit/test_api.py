@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import deploy_sparse
 from deploy_sparse import zoo
@@ -295,6 +296,9 @@ class Branching(nn.Module):
         ({"exclude": ("conv9.*",)}, ConfigError, r"'conv9.\*' matches no layer that can be narrowed[\s\S]*stem.weight"),
         ({"exclude": ("stem.*", "a.*")}, ConfigError, r"no layer can be narrowed: network output"),
         ({"model": nn.Conv2d(3, 4, 3)}, ConfigError, r"no layer can be narrowed: network output"),
+        ({"model": nn.Sequential(weight_norm(nn.Conv2d(3, 4, 1)), nn.ReLU(), nn.Conv2d(4, 2, 1))}, ConfigError,
+         r"network output; '0.weight' is computed from '0.parametrizations.weight.original0'"
+         r"[\s\S]*parametrize.remove_parametrizations\(module, 'weight'\), with module = 0$"),
         ({"model": Branching()}, SurgeryError, r"cannot be traced"),
         ({"example_inputs": torch.zeros(2, 5, 6, 6)}, SurgeryError, r"cannot be traced"),
     ],

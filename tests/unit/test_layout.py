@@ -43,7 +43,19 @@ ALLOWED = {
         "errors",
     },
     "dynamic": {"sparsify", "surgery", "structure", "ticket", "errors"},
-    "api": {"zoo", "sparsify", "surgery", "engine", "ticket", "structure", "ties", "artifact", "config", "errors"},
+    "api": {
+        "zoo",
+        "sparsify",
+        "surgery",
+        "engine",
+        "ticket",
+        "masked",
+        "structure",
+        "ties",
+        "artifact",
+        "config",
+        "errors",
+    },
 }
 HEAVY = {"torch", "torchvision", "onnx", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx", "torch_tensorrt",
          "sklearn", "matplotlib", "safetensors", "jinja2", "pydantic", "rich", "numpy", "pycuda"}  # fmt: skip

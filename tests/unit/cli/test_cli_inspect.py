@@ -1,12 +1,14 @@
 """`inspect`: what surgery cuts, what stays and why; of a ticket without writing anything."""
 
 import json
+import sys
 
 import pytest
 import torch
 
 from deploy_sparse import Ticket, compact, zoo
 from deploy_sparse.cli.main import main
+from deploy_sparse.errors import ExportError
 from deploy_sparse.ticket import ModelRef, Provenance
 
 REFERENCE = ModelRef("resnet_digits", {"widths": [4, 4, 4]}, (1, 8, 8))
@@ -61,6 +63,7 @@ def test_json_tells_layers_groups_and_members(capsys, folders, made, subject):
     assert code == 0
     assert value["dry_run"] is (subject == "ticket")
     assert (value["parity"] is None) is (subject == "ticket")
+    assert value["ticket"] == made[0].hash
     group = group_of(value, made[1])
     assert (group["size"], group["kept"]) == (4, 3)
     assert {made[1], *made[2]} <= set(group["members"])
@@ -77,6 +80,7 @@ def test_text_holds_both_tables_and_the_reasons(capsys, folders, made, subject):
     assert any(line.startswith("channel group") and "members" in line for line in lines)
     assert any("10 pinned: " in line for line in lines)  # the classes, which no note mentions
     assert "parameters" in out
+    assert any(line.split() == ["ticket", made[0].hash] for line in lines)
     assert ("planned only: deploy-sparse compact" in out) is (subject == "ticket")
     assert ("top-1 agreement" in out) is (subject == "compact")
 
@@ -122,10 +126,45 @@ def test_a_compact_network_of_the_callers_own_has_no_members(capsys, tmp_path):
     assert code == 2
     assert "'mine', which is no zoo network" in err
     assert "in Python" in err
+    assert "deploy_sparse.surgery.plan_from_ticket(ticket, network, example_inputs)" in err
+    code, _, err = run(capsys, "compact", tmp_path / "ticket", "--out", tmp_path / "again")
+    assert code == 2
+    assert "deploy_sparse.compact(ticket, factory=…) in Python" in err
+
+
+def test_compact_says_what_it_wrote(capsys, folders, tmp_path, monkeypatch):
+    def written(name, *words):
+        code, out, _ = run(capsys, "compact", folders / "ticket", "--out", tmp_path / name, *words)
+        assert code == 0
+        return out, {path.name for path in (tmp_path / name).iterdir()}
+
+    out, files = written("whole")
+    assert files == {"plan.json", "compact.safetensors", "compact.pt2"}
+    assert out.splitlines()[-1] == f"written to {tmp_path / 'whole'}"
+    out, files = written("small", "--no-program", "--json")
+    assert files == {"plan.json", "compact.safetensors"}
+    assert (json.loads(out)["program"], json.loads(out)["no_program"]) == (False, None)
+
+    def refuse(*_):
+        raise ExportError("Net has no torch.export form: it sorts", expected="", fix="")
+
+    monkeypatch.setattr(sys.modules["deploy_sparse.surgery.compact"], "program_bytes", refuse)
+    out, files = written("refused")
+    assert files == {"plan.json", "compact.safetensors"}
+    last = f"written to {tmp_path / 'refused'} without compact.pt2: Net has no torch.export form: it sorts"
+    assert out.splitlines()[-1] == last
+
+
+def test_a_ticket_that_frees_nothing_says_so_first(capsys, made, tmp_path):
+    Ticket(made[0].weights, {}, REFERENCE, Provenance("test")).save(tmp_path / "dense")
+    out = run(capsys, "compact", tmp_path / "dense", "--out", tmp_path / "compact", "--no-program")[1]
+    assert "nothing could be cut: the masks keep every weight" in out.splitlines()
 
 
 def test_other_paths_are_refused(capsys, folders, tmp_path, made):
-    assert "expected: a ticket's folder" in run(capsys, "inspect", tmp_path / "nowhere")[2]
+    missing = run(capsys, "inspect", tmp_path / "nowhere")[2]
+    assert "nowhere does not exist" in missing
+    assert "expected: a ticket's folder" in missing
     assert "holds nothing to inspect" in run(capsys, "inspect", tmp_path)[2]
     code, _, err = run(capsys, "inspect", folders / "compact", "--target", "cpu")
     assert code == 2

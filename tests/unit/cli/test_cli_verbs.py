@@ -219,7 +219,7 @@ def test_what_a_run_holds_is_pointed_at(capsys, small_run, tmp_path):
         (["run", "imp_refill", "--imp.rewind_epoch", "99"], r"imp.rewind_epoch = 99.*inside the training"),
         (["show", "nothing"], r"nothing is not there"),
         (["compact", "nothing", "--out", "c"], r"nothing does not exist.*deploy-sparse run"),
-        (["build", "nothing"], r"nothing holds nothing.*a .onnx file"),
+        (["build", "nothing"], r"nothing does not exist.*a .onnx file"),
         (["build", "nothing", "--target", "rtx-sm88"], r"unknown target 'rtx-sm88'.*did you mean 'rtx-sm8"),
         (["profile", "x"], r"'x' is no subject.*NAME=ENGINE"),
         (["profile", "a=nothing"], r"nothing does not exist"),

@@ -92,7 +92,7 @@ def narrowed(mha, heads, dims, stream=None):
         cut(layer, name, rows, None)
     cut(layer.out_proj, "weight", own, rows)
     cut(layer.out_proj, "bias", own)
-    layer.num_heads = len(heads)
+    layer.num_heads, layer.parts = len(heads), [len(rows)] * 3
     return layer
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from surgery_nets import (
@@ -18,8 +20,11 @@ from surgery_nets import (
 )
 from torch import nn
 
+import deploy_sparse
 from deploy_sparse.errors import ArtifactError, SurgeryError, TicketError
 from deploy_sparse.surgery import SurgeryPlan, channel_groups, compact, load_compact
+from deploy_sparse.surgery.compact import checked_inputs
+from deploy_sparse.surgery.notes import readable
 from deploy_sparse.ticket import ModelRef, Ticket
 
 STEPS = [Block("projection", 4), Block("depthwise", 1), Block("concat", 3), Block("chain", 3, padded=False)]
@@ -261,3 +266,86 @@ def test_resnet18_with_half_of_every_free_group_masked():
     x = torch.randn(2, *shape, dtype=torch.float64)
     reference, output = outputs(masked(resnet, made).double(), x), outputs(result.module.double(), x)
     assert torch.allclose(output, reference, rtol=0, atol=1e-12 * float(reference.abs().max()))
+
+
+def test_it_prints_as_one_line(small, made):
+    before, after = small.plan.cost_before, small.plan.cost_after
+    assert repr(small) == (
+        f"Compact(RandomNet, {before.parameters:,} → {after.parameters} parameters, "
+        f"{readable(before.macs)} → {readable(after.macs)} MACs)"
+    )
+    assert repr(made).startswith(
+        f"Ticket(user factory, {len(made.masks)} of {len(made.weights)} tensors masked, density "
+    )
+    assert "\n" not in repr(made)
+
+
+def test_the_program_may_be_left_out(small, tmp_path):
+    folder = small.save(tmp_path / "small", program=False)
+    assert {path.name for path in folder.iterdir()} == {"plan.json", "compact.safetensors"}
+    with pytest.raises(ArtifactError, match=r"holds no compact\.pt2"):
+        deploy_sparse.load_program(folder)
+    assert torch.equal(outputs(load_compact(folder, factory), X), outputs(small.module, X))
+
+
+def test_the_program_loads_without_the_factory(saved):
+    result, folder = saved
+    assert torch.allclose(deploy_sparse.load_program(folder)(X), outputs(result.module, X), atol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_channels_last_comes_back(tmp_path, dim):
+    conv, layout = ((nn.Conv2d, torch.channels_last), (nn.Conv3d, torch.channels_last_3d))[dim - 2]
+
+    def net():
+        return nn.Sequential(conv(3, 4, 3), nn.ReLU(), conv(4, 6, 1), nn.ReLU(), conv(6, 2, 2)).to(memory_format=layout)
+
+    x = torch.randn(2, 3, *[6] * dim)
+    masks = rows_masked(net(), {"0.weight": [1]})
+    result = compact(ticket(randomised(net()), masks, tuple(x.shape[1:])), net, x)
+    with torch.no_grad():  # both memory formats at once by its shape; some code asks for the strides
+        weight = result.module[2].weight
+        weight.set_(torch.empty_like(weight, memory_format=layout).copy_(weight))
+    loaded = load_compact(result.save(tmp_path / "small", program=False), net)
+    strides = {name: t.stride() for name, t in result.module.state_dict().items()}
+    assert not result.module[4].weight.is_contiguous()
+    assert {name: t.stride() for name, t in loaded.state_dict().items()} == strides
+    assert torch.equal(outputs(loaded, x), outputs(result.module, x))
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x, *, scale):
+        return self.a(x) * scale
+
+
+@pytest.mark.parametrize(
+    ("module", "given", "said", "cure"),
+    [
+        (nn.Conv2d(3, 4, 1), {"x": X}, "example_inputs is a dict", "by position"),
+        (nn.Conv2d(3, 4, 1), "images", "example_inputs is str", "pass tensors"),
+        (nn.Conv2d(3, 4, 1), X.numpy(), "example_inputs is ndarray", r"torch\.as_tensor\(array\)"),
+        (nn.Conv2d(3, 4, 1), X[:0], r"a batch of 0 samples, of shape \[0, 3, 8, 8\]", "two samples or more"),
+        (nn.Conv2d(3, 4, 1), (X, X), r"Conv2d does not accept these inputs .*too many positional", "by position"),
+        (Named(), X, "missing a required .*'scale'", "keyword-only"),
+    ],
+    ids=["dict", "text", "array", "empty", "too many", "keyword"],
+)
+def test_inputs_that_no_weights_could_help_are_refused_by_kind(module, given, said, cure):
+    made = ticket(module, rows_masked(module, {next(iter(module.state_dict())): [0]}))
+    for call in (lambda: compact(made, lambda: module, given), lambda: deploy_sparse.oneshot_ticket(module, given)):
+        with pytest.raises(SurgeryError, match=said) as caught:
+            call()
+        assert re.search(cure, caught.value.fix)
+
+
+def test_arguments_that_hooks_add_are_not_missed():
+    def net():
+        module = Named()
+        module.register_forward_pre_hook(lambda _, args, kwargs: (args, {"scale": 2.0}), with_kwargs=True)
+        return module
+
+    assert checked_inputs(X, net()) == (X,)

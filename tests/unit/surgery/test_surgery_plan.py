@@ -10,6 +10,7 @@ from surgery_nets import SHAPE, Block, RandomNet, randomised, rows_masked, silen
 
 from deploy_sparse.errors import SurgeryError, TicketError
 from deploy_sparse.surgery import SurgeryPlan, channel_groups, compact, plan_from_ticket
+from deploy_sparse.surgery.notes import readable
 from deploy_sparse.surgery.parts import positions, ranges
 
 STEPS = [Block("projection", 4), Block("depthwise", 1), Block("chain", 3, padded=False)]
@@ -156,7 +157,9 @@ def test_the_density_of_partly_filled_layers_counts_the_weights_that_surgery_lef
 def test_notes_write_before_and_after_with_an_arrow(dense, silent):
     plan = plan_from_ticket(silent, dense, X)
     assert f"parameters {plan.cost_before.parameters} → {plan.cost_after.parameters} (" in plan.notes()[0]
-    assert f"MACs of one sample {plan.cost_before.macs} → {plan.cost_after.macs} (" in plan.notes()[1]
+    assert (
+        f"MACs of one sample {readable(plan.cost_before.macs)} → {readable(plan.cost_after.macs)} (" in plan.notes()[1]
+    )
 
 
 def test_tables_and_summary_speak_of_every_weight(dense, silent):

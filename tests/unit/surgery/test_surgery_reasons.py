@@ -139,7 +139,7 @@ def test_network_output_is_in_the_data_and_not_in_the_notes():
     assert result.plan.summary()["groups"][-1]["stays"][0]["reason"] == "network output"
 
 
-def test_sum_with_a_living_branch_needs_no_excuse():
+def test_channels_that_one_layer_of_a_shortcut_lets_go_are_told():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -151,7 +151,9 @@ def test_sum_with_a_living_branch_needs_no_excuse():
 
     _, group = stays(Net, [0, 1])
     assert group.kept == (0, 1, 2, 3)
-    assert group.stays == ()
+    (stay,) = group.stays
+    assert (stay.kind, stay.channels) == ("shared", (0, 1))
+    assert stay.reason == "masked in 'a', and written by other layers of the same shortcut"
 
 
 class Squeezed(nn.Module):
