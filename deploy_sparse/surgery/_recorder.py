@@ -97,20 +97,24 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.state: list[torch.Tensor] = []
         self.buffers = {id(tensor) for _, tensor in module.named_buffers()}
         self.kept: list[torch.Tensor] = []  # so that no id is given twice
+        self.names: dict[int, str] = {}  # of parameters and buffers that were not read yet
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if tensor.is_meta or isinstance(tensor, nn.Parameter) or not real_constants:
                 self.state.append(tensor)
-                self.recording.state[self._placeholder(tensor).name] = name
+                self.names.setdefault(id(tensor), name)
         for number, tensor in enumerate(x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)):
             self._placeholder(tensor).meta["input"] = number
 
     def node_of(self, tensor: torch.Tensor) -> Node | None:
+        if id(tensor) in self.names:
+            name = self.names.pop(id(tensor))
+            self.recording.state[self._placeholder(tensor).name] = name
         return self.symbols.get(id(tensor))
 
     def finish(self, outputs: Any) -> Recording:
         """The recording, without the calls that nothing comes of."""
         tensors = [*tensors_of(outputs), *self._written_state()]
-        results = tuple(self.symbols[id(x)] for x in tensors if id(x) in self.symbols)
+        results = tuple(node for x in tensors if (node := self.node_of(x)) is not None)
         output = self.graph.output(results)
         used = {_storage(x) for x in tensors}
         alive: list[Node] = []
@@ -135,7 +139,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         tensors = list(_tensors_in((args, kwargs)))
-        symbolic = any(id(x) in self.symbols for x in tensors)
+        symbolic = any([self.node_of(x) is not None for x in tensors])
         if symbolic and name in _READS_VALUES:
             raise DataDependent(f"it looks at the values of a tensor ({func}) in {_where(self.stack[-1][0])}")
         if not symbolic:
@@ -155,7 +159,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _with_twins(self, value: Any, meta: bool) -> Any:
         """Constants among the arguments become placeholders; beside tensors without memory they lose theirs too."""
         if isinstance(value, torch.Tensor):
-            if id(value) in self.symbols:
+            if self.node_of(value) is not None:
                 return value
             if id(value) not in self.twins:
                 twin = torch.empty_like(value, device="meta") if meta else value

@@ -85,7 +85,7 @@ def slightly_larger(shapes: Shapes) -> tuple[tuple[Shapes, ...], ...]:
 def _axis_sets(rank: int) -> list[frozenset[int]]:
     """All axes but the batch's, and all but one of them, as one holds channels."""
     every = frozenset(range(1, rank))
-    return [every, *(every - {d} for d in sorted(every, reverse=True))]
+    return [every, *(every - {d} for d in sorted(every))]
 
 
 def analyse_at_any_size(
@@ -104,9 +104,14 @@ def analyse_at_any_size(
     constants = _has_constants(ledger)
     setups: list[Setup] = []
     doubts: dict[int, tuple[str, tuple[torch.Tensor, ...]]] = {}
-    for family in list(_much_larger(inputs, thorough=constants))[: 2 if constants else 1]:
-        found = (Setup(i, t, None, True) for i in family if (t := quick_trace(module, i, tensors)) is not None)
-        setup = next(found, None)
+    families = [] if ledger.traced.real else list(_much_larger(inputs, thorough=constants))
+    failed = 0  # ways to change the sizes that the network does not take
+    for family in families[: 2 if constants and _read_constants(ledger) else 1]:
+        setup = None
+        for number, others in enumerate(family[failed:], start=failed):
+            if (traced := quick_trace(module, others, tensors, ledger.traced)) is not None:
+                setup, failed = Setup(others, traced, None, True), number
+                break
         if setup is None:
             continue
         alike = _steps(ledger.traced.nodes) == _steps(setup.traced.nodes)
@@ -196,6 +201,12 @@ def _has_constants(ledger: Ledger) -> bool:
         for node in ledger.values
         for value in held(ledger, node)
     )
+
+
+def _read_constants(ledger: Ledger) -> bool:
+    """Whether constants other than zero reach a layer or a norm that counts them."""
+    reads = any(bool(((r.constant.nan_to_num() != 0) & ~r.ignored).any()) for r in ledger.reads)
+    return reads or any(bool((use.constant.nan_to_num() != 0).any()) for use in ledger.norms)
 
 
 def _doubts(ledger: Ledger, other: Ledger) -> Doubts:

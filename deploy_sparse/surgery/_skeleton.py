@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 Replace = Callable[[str, torch.Tensor], torch.Tensor]
-_PLAIN = (int, float, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, type)
+_PLAIN = frozenset({int, float, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, type})
+_CONTAINERS = frozenset({set, list, dict, OrderedDict})
+_ENTRIES = (type(None), nn.Module, torch.Tensor)
 _COPYING = ("__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__", "__new__")
 
 
@@ -55,19 +57,25 @@ def _copy_parts(parts: list[nn.Module], memo: dict[int, Any]) -> None:
     for part in parts:
         memo[id(part)] = type(part).__new__(type(part))
     for part in parts:
+        own = vars(part)
         made = memo[id(part)].__dict__
-        for name, value in vars(part).items():
-            if name == "_compiled_call_impl":  # it runs the original
-                value = None
-            made[name] = value if isinstance(value, _PLAIN) else _copied(value, memo)
+        made.update(own)
+        for name, value in own.items():
+            kind = type(value)
+            if kind in _PLAIN:
+                continue
+            if kind in _CONTAINERS and not value:
+                made[name] = kind()
+            elif name == "_compiled_call_impl":  # it runs the original
+                made[name] = None
+            else:
+                made[name] = _copied(value, memo)
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    if type(value) is dict and all(isinstance(entry, (*_PLAIN, nn.Module, torch.Tensor)) for entry in value.values()):
+    if type(value) is dict and all(isinstance(entry, _ENTRIES) for entry in value.values()):
         return {key: memo.get(id(entry), entry) for key, entry in value.items()}
-    if type(value) in (set, list, dict, OrderedDict) and not value:
-        return type(value)()
-    if type(value) is tuple and all(isinstance(entry, _PLAIN) for entry in value):
+    if type(value) is tuple and all(type(entry) in _PLAIN for entry in value):
         return value
     return copy.deepcopy(value, memo)
 

@@ -232,7 +232,9 @@ def _decide(
     ticket.validate(module)
     weights = _retied(ticket, module)
     plain = with_tensors(module, lambda _, x: to_meta(x)).eval()
-    shell, attention = with_open_attention(with_tensors(plain, lambda _, x: x))
+    shell, attention = plain, tuple[str, ...]()
+    if any(isinstance(part, nn.MultiheadAttention) for part in plain.modules()):
+        shell, attention = with_open_attention(with_tensors(plain, lambda _, x: x))
     tensors = {name: weights.get(name, x.detach()) for name, x in (*module.named_parameters(), *module.named_buffers())}
     seen = {name: _started(x, ticket.masks.get(name)) for name, x in tensors.items()}
     ledger, setups = analyse_at_any_size(shell, inputs, seen)

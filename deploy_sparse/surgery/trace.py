@@ -8,9 +8,9 @@ twentieth of the time and keeps the origin of every size (see ``_provenance``).
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 from ..errors import SurgeryError
 from ._recorder import DataDependent, Recording, record
 from ._skeleton import to_meta, with_tensors
+
+Way = Literal["reckoned", "symbolic", "real"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Traced:
         constants: placeholder name to value, for tensors that are neither.
         parameters: names that are parameters.
         calls: all calls in execution order.
-        real: the network ran on real tensors, because it looks at values that do not depend on its input.
+        way: how it ran: without memory and with constants reckoned, without any, or, because it looks at values that
+            do not depend on its input, on real tensors.
     """
 
     nodes: tuple[Node, ...]
@@ -44,7 +47,12 @@ class Traced:
     constants: Mapping[str, torch.Tensor]
     parameters: frozenset[str]
     calls: tuple[Node, ...]
-    real: bool = False
+    way: Way = "reckoned"
+
+    @property
+    def real(self) -> bool:
+        """Whether it ran on real tensors."""
+        return self.way == "real"
 
 
 def trace(
@@ -75,17 +83,19 @@ def trace(
     return _traced(module, *recording, values)
 
 
-def quick_trace(module: nn.Module, inputs: tuple[Any, ...], tensors: Mapping[str, torch.Tensor]) -> Traced | None:
-    """:func:`trace` on ``meta`` only; None where the network does not take inputs of these shapes."""
+def quick_trace(
+    module: nn.Module, inputs: tuple[Any, ...], tensors: Mapping[str, torch.Tensor], like: Traced
+) -> Traced | None:
+    """:func:`trace` in the way of an earlier one; None where the network does not take inputs of these shapes."""
     values = dict(module.named_parameters()) | dict(module.named_buffers()) | dict(tensors)
     values = {name: value.detach() for name, value in values.items()}
     try:
-        return _traced(module, _without_memory(module, inputs, values), False, values)
+        return _traced(module, *_without_memory(module, inputs, values, (like.way,)), values)
     except Exception:  # any error of the user's own forward() means that it does not take this size
         return None
 
 
-def _traced(module: nn.Module, recording: Recording, real: bool, values: Mapping[str, torch.Tensor]) -> Traced:
+def _traced(module: nn.Module, recording: Recording, way: Way, values: Mapping[str, torch.Tensor]) -> Traced:
     return Traced(
         nodes=recording.nodes,
         state=recording.state,
@@ -93,33 +103,35 @@ def _traced(module: nn.Module, recording: Recording, real: bool, values: Mapping
         constants=recording.constants,
         parameters=frozenset(name for name, _ in module.named_parameters()),
         calls=tuple(recording.calls),
-        real=real,
+        way=way,
     )
 
 
 def _first_that_works(
     module: nn.Module, inputs: tuple[Any, ...], values: Mapping[str, torch.Tensor]
-) -> tuple[Recording, bool]:
-    """Without memory, or else on real tensors, and whether it were these."""
+) -> tuple[Recording, Way]:
+    """Without memory, or else on real tensors."""
     try:
-        return _without_memory(module, inputs, values), False
+        return _without_memory(module, inputs, values, ("reckoned", "symbolic"))
     except Exception:  # of the network's own code: any class
         if any(x.is_meta for x in values.values()):
             raise
     real = with_tensors(module, lambda name, x: values[name].clone()).eval()
     copies = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, inputs)
-    return record(real, copies, values, real_constants=False), True
+    return record(real, copies, values, real_constants=False), "real"
 
 
-def _without_memory(module: nn.Module, inputs: tuple[Any, ...], values: Mapping[str, torch.Tensor]) -> Recording:
-    """With small constants reckoned, or else with none."""
+def _without_memory(
+    module: nn.Module, inputs: tuple[Any, ...], values: Mapping[str, torch.Tensor], ways: Sequence[Way]
+) -> tuple[Recording, Way]:
+    """With small constants reckoned, or with none: the first way that works."""
     light = pytree.tree_map(lambda x: to_meta(x) if isinstance(x, torch.Tensor) else x, inputs)
-    for real_constants in (True, False):
+    for way in ways:
         twin = with_tensors(
             module, lambda name, x: to_meta(x) if weightlike(values.get(name, x)) else values[name]
         ).eval()
         try:
-            return record(twin, light, values, real_constants=real_constants)
+            return record(twin, light, values, real_constants=way == "reckoned"), way
         except DataDependent:
             raise
         except Exception as problem:  # of the network's own code: any class
