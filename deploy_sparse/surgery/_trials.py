@@ -40,15 +40,17 @@ def cast_inputs(inputs: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     )
 
 
-def trials(examples: tuple[Any, ...], dense: nn.Module) -> tuple[list[tuple[Sample, Outputs]], tuple[str, ...]]:
-    """Named inputs with what ``dense``, in float64, gives for them, and what could not be tried, in words."""
+def trials(
+    examples: tuple[Any, ...], dense: nn.Module, dtype: torch.dtype
+) -> tuple[list[tuple[Sample, Outputs]], tuple[str, ...]]:
+    """Named inputs with what ``dense``, in ``dtype``, gives for them, and what could not be tried, in words."""
     first = (f"the example inputs {shapes_of(pytree.tree_leaves(examples))}", examples)
-    found = [(first, run(dense, cast_inputs(examples, torch.float64), MASKED))]
+    found = [(first, run(dense, cast_inputs(examples, dtype), MASKED))]
 
     def take(sample: Sample) -> bool:
         if any(sample[0] == known[0] for known, _ in found):
             return True
-        outputs = _tried(dense, cast_inputs(sample[1], torch.float64))
+        outputs = _tried(dense, cast_inputs(sample[1], dtype))
         if outputs is not None:
             found.append((sample, outputs))
         return outputs is not None

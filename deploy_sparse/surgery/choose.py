@@ -273,7 +273,7 @@ class _Chooser:
                 found[equation.expr] = max(kept, found.get(equation.expr, 0))
         asked: dict[Setting, int] = {}
         for equation in self.equations:
-            solution = _solved(equation.expr, equation.positions.kept(self.removed), found)
+            solution = _solved(equation.expr, equation.positions.kept(self.removed), found, self.dense)
             if solution is not None and solution[0] not in found:
                 asked[solution[0]] = max(solution[1], asked.get(solution[0], 0))
         return found | asked
@@ -338,23 +338,27 @@ class _Chooser:
         return changed
 
 
-def _solved(expr: Expr, wanted: int, known: Mapping[Setting, int]) -> tuple[Setting, int] | None:
+def _solved(
+    expr: Expr, wanted: int, known: Mapping[Setting, int], dense: Mapping[Setting, int]
+) -> tuple[Setting, int] | None:
     """The one unknown attribute among numbers, and the least value that gives ``wanted``."""
     if isinstance(expr, Setting):
         return None if expr in known else (expr, wanted)
     if not isinstance(expr, Derived):
         return None
     left, right = (_number(side, known) for side in (expr.left, expr.right))
+    if right is None and expr.operation != "*" and isinstance(expr.right, Setting):
+        right = dense.get(expr.right)  # as in width // parts: the width is what changes
     if expr.operation == "*" and left:
-        return _solved(expr.right, -(-wanted // left), known)
+        return _solved(expr.right, -(-wanted // left), known, dense)
     if expr.operation == "*" and right:
-        return _solved(expr.left, -(-wanted // right), known)
+        return _solved(expr.left, -(-wanted // right), known, dense)
     if expr.operation == "//" and right:
-        return _solved(expr.left, wanted * right, known)
+        return _solved(expr.left, wanted * right, known, dense)
     if expr.operation == "+" and right is not None:
-        return _solved(expr.left, wanted - right, known)
+        return _solved(expr.left, wanted - right, known, dense)
     if expr.operation == "-" and right is not None:
-        return _solved(expr.left, wanted + right, known)
+        return _solved(expr.left, wanted + right, known, dense)
     return None
 
 

@@ -115,7 +115,7 @@ def compact(
     module = _dense(factory)
     inputs = checked_inputs(_default_inputs(ticket) if example_inputs is None else example_inputs, module)
     if _derives_when_loaded(module):
-        module = copy.deepcopy(module)
+        module = _with_views(copy.deepcopy(module), module)
         module.load_state_dict(ticket.validate(module).masked_weights())
     decision = decide(ticket, module, inputs, multiple=multiple, norms=norms, shortcuts=shortcuts)
     parity = verify(decision.dense, decision.compact, inputs, exact=decision.exact)
@@ -168,6 +168,19 @@ def _skeleton(factory: Callable[[], nn.Module]) -> nn.Module:
         _holds_a_tensor(value) for part in module.modules() for key, value in vars(part).items() if key != "_buffers"
     )
     return module if tensors <= stored and not plain else _dense(factory)
+
+
+def _with_views(copied: nn.Module, module: nn.Module) -> nn.Module:
+    """Give plain attributes of the copy, in place, the views of its own parameters that the original's are."""
+    own = {x.untyped_storage().data_ptr(): name for name, x in module.named_parameters() if x.numel()}
+    parts = zip(module.modules(), copied.modules(), strict=True)
+    parameters = dict(copied.named_parameters())
+    for part, made in parts:
+        for key, x in vars(part).items():
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() in own:
+                base = parameters[own[x.untyped_storage().data_ptr()]]
+                vars(made)[key] = base.data.as_strided(x.shape, x.stride(), x.storage_offset())
+    return copied
 
 
 def _derives_when_loaded(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -117,24 +118,27 @@ def verify(
             that does not run, or does not compute the same twice.
     """
     examples = as_tuple(example_inputs)
-    reference = in_precision(dense, torch.float64)
-    found, untried = trials(examples, reference)
+    fine = _finest(dense, examples)
+    reference = in_precision(dense, fine)
+    found, untried = trials(examples, reference, fine)
+    if fine != torch.float64:
+        untried = (*untried, "not in float64, which the network's own casts do not allow")
     samples, expected = [sample for sample, _ in found], [outputs for _, outputs in found]
     with Precisions() as seen:  # the network's own casts may round what is in float64
-        again = run(reference, cast_inputs(examples, torch.float64), MASKED)
+        again = run(reference, cast_inputs(examples, fine), MASKED)
     _refuse_random(expected[0], again)
     del reference
-    within = _allowed(seen.coarsest)
+    within = _allowed(seen.coarsest, fine)
     changed = 0 if exact is None else _rounded(compact, exact)
     delivered, rounding = compact, None
     if exact is not None and changed:
-        double = _deviation(expected, exact, samples, torch.float64, [within] * len(samples))
+        double = _deviation(expected, exact, samples, fine, [within] * len(samples))
         limit = max(within, _allowed(_resolution(compact), torch.float32))
-        after = _deviation(expected, compact, samples, torch.float64, [limit] * len(samples))
+        after = _deviation(expected, compact, samples, fine, [limit] * len(samples))
         rounding = Rounding(changed, _precision(compact), after)
         delivered = exact if limit > TOLERANCE[torch.float32] else compact
     else:
-        double = _deviation(expected, compact, samples, torch.float64, [within] * len(samples))
+        double = _deviation(expected, compact, samples, fine, [within] * len(samples))
     network = in_precision(dense, torch.float32)
     coarse = [run(network, cast_inputs(inputs, torch.float32), MASKED) for _, inputs in samples]
     # Where the dense network itself is that far off in float32, no other order of sums can be closer.
@@ -194,6 +198,17 @@ def _allowed(resolution: float, dtype: torch.dtype = torch.float64) -> float:
         return TOLERANCE[torch.float64]
     coarse = _UNITS * resolution if resolution > torch.finfo(torch.float32).eps else 0.0
     return max(TOLERANCE[torch.float32], coarse)
+
+
+def _finest(dense: nn.Module, examples: tuple[Any, ...]) -> torch.dtype:
+    """float64, or float32 for networks that cast to it on their own and then read weights."""
+    for dtype in (torch.float64, torch.float32):
+        try:
+            run(in_precision(dense, dtype), cast_inputs(examples, dtype), MASKED)
+        except SurgeryError:
+            continue
+        return dtype
+    return torch.float64
 
 
 def _refuse_random(first: Outputs, second: Outputs) -> None:
