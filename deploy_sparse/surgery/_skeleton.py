@@ -34,7 +34,7 @@ def with_tensors(
     for tensor in _plain_tensors(parts):
         memo.setdefault(id(tensor), plain(tensor.detach()))  # a tensor with history cannot be copied otherwise
     if all(_copied_plainly(type(part)) for part in parts):
-        _copy_parts(parts, memo)  # ten times as fast as what follows
+        _copy_parts(parts, memo)  # much faster than what follows
     made = copy.deepcopy(module, memo)
     assert isinstance(made, nn.Module)
     return made

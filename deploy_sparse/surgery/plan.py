@@ -211,7 +211,7 @@ def decide(
 
 @contextmanager
 def _collection_paused() -> Iterator[None]:
-    """Graphs and copies of modules are many small objects, none of them garbage yet: looking takes half of the time."""
+    """Graphs and copies of modules are many small objects, none of them garbage yet: looking for some takes long."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,8 +1,8 @@
 """From a module to its operations: the ATen calls of one run on tensors without memory.
 
 The network runs once in inference mode, where PyTorch's dispatcher sees operations such as ``linear``,
-``layer_norm`` or ``scaled_dot_product_attention`` as a whole. Compared with ``torch.export`` this takes a
-twentieth of the time and keeps the origin of every size (see ``_provenance``).
+``layer_norm`` or ``scaled_dot_product_attention`` as a whole. Compared with ``torch.export`` this takes
+a fraction of the time, and keeps the origin of every size (see ``_provenance``).
 """
 
 from __future__ import annotations
