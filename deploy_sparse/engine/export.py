@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import re
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..artifact import write_bytes, write_json
 from ..errors import ArtifactError, DeploySparseError, ExportError
+from ..exporting import eval_mode, quiet
 from .onnx_file import OnnxFile, describe_graph, parse_graph, sidecar_path
 from .parity import check_parity, tensors_of, with_batch
 
@@ -57,7 +53,7 @@ def export_onnx(
         )
     inputs = _checked_inputs(network, example_inputs)
     path = Path(path)
-    with _eval_mode(network):
+    with eval_mode(network):
         model = _graph_of(network, with_batch(inputs, max(2, inputs[0].shape[0])))
         data = model.SerializeToString(deterministic=True)
         parsed = _checked(path, data)
@@ -132,7 +128,7 @@ def _graph_of(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> onnx.Mode
     axis, shapes = torch.export.Dim(BATCH_AXIS), cast(Any, torch.export.ShapesCollection)()
     for tensor in inputs:
         shapes[tensor] = {0: axis}  # by tensor, not by argument: forward may take *args
-    with _quiet():
+    with quiet():
         try:
             with torch.no_grad():
                 count = len(tensors_of(_outputs(network, inputs)))
@@ -249,28 +245,3 @@ def _write(found: OnnxFile, data: bytes) -> None:
         ) from problem
     write_bytes(found.path, data)
     write_json(sidecar, found.sidecar())
-
-
-@contextlib.contextmanager
-def _eval_mode(network: nn.Module) -> Iterator[None]:
-    modes = {part: part.training for part in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the tracer's prints, logs and warnings off the screen; what matters comes as an exception."""
-    before = logging.root.manager.disable
-    logging.disable(sys.maxsize)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            with contextlib.redirect_stderr(io.StringIO()):
-                yield
-    finally:
-        logging.disable(before)

@@ -109,7 +109,6 @@ class NormUse:
         atoms: ``[groups, channels of one group]``.
         constant: the constants in its input, NaN where there is none or it changes from place to place; as ``atoms``.
         eps: as given to the operation; None leaves it to the precision.
-        elements: size of the tensor that it normalises.
         place: for messages.
     """
 
@@ -120,7 +119,6 @@ class NormUse:
     atoms: torch.Tensor
     constant: torch.Tensor
     eps: float | None
-    elements: int
     place: str
 
 

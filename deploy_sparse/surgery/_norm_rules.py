@@ -95,7 +95,6 @@ def _norm(
             atoms=grid,
             constant=constant.reshape(grid.shape),
             eps=given["eps"],
-            elements=value.shape.numel() // max(1, value.shape[0]),
             place=place(node),
         )
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +42,6 @@ class Recording:
 def record(
     module: nn.Module,
     inputs: tuple[Any, ...],
-    values: Mapping[str, torch.Tensor],
     *,
     real_constants: bool,
     into: Recording | None = None,
@@ -52,7 +51,6 @@ def record(
     Args:
         module: in evaluation mode; the run may change it, so it is a copy.
         inputs: positional inputs, on the device of the module.
-        values: values of parameters and buffers by name, for those of the module that have none.
         real_constants: reckon tensors that depend on no input, instead of only recording them.
         into: filled while the network runs, for runs that fail midway.
 
@@ -60,7 +58,7 @@ def record(
         DataDependent: the network looks at values that depend on the input.
         Exception: whatever the network's own code raises.
     """
-    recorder = _Recorder(module, inputs, values, real_constants, into or Recording())
+    recorder = _Recorder(module, inputs, real_constants, into or Recording())
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel hides the attention's parts
     try:
@@ -84,13 +82,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self,
         module: nn.Module,
         inputs: tuple[Any, ...],
-        values: Mapping[str, torch.Tensor],
         real_constants: bool,
         recording: Recording,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph, self.nodes, self.stack = Graph(), recording.calls, [("", 0)]
-        self.recording, self.values, self.real_constants = recording, values, real_constants
+        self.recording, self.real_constants = recording, real_constants
         self.given: Callable[[], list[int]] = list
         self.symbols: dict[int, Node] = {}
         self.twins: dict[int, torch.Tensor] = {}

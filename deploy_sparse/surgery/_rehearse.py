@@ -128,7 +128,7 @@ def _run(shell: nn.Module, inputs: tuple[Any, ...]) -> tuple[Recording, str]:
     light = pytree.tree_map(lambda x: to_meta(x) if isinstance(x, torch.Tensor) else x, inputs)
     network, ran = with_tensors(shell, lambda _, x: x).eval(), Recording()
     try:
-        record(network, light, dict(network.named_buffers()), real_constants=True, into=ran)
+        record(network, light, real_constants=True, into=ran)
     except Exception as error:  # of the network's own code: any class
         return ran, (str(error).strip() or type(error).__name__).splitlines()[0]
     return ran, ""

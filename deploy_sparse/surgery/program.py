@@ -9,10 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import logging
-import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -25,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from .. import artifact
 from ..errors import ArtifactError, ExportError
+from ..exporting import eval_mode, quiet
 from .graph import Inputs, as_tuple
 from .vetting import objection, vet
 
@@ -52,7 +49,7 @@ def program_bytes(module: nn.Module, example_inputs: Inputs) -> bytes:
             other containers than lists, tuples and dictionaries, or the program computes something else.
     """
     network, inputs = _on_cpu(module), pytree.tree_map(_cpu, as_tuple(example_inputs))
-    with _eval_mode(network):
+    with eval_mode(network):
         program, batched = _exported(network, inputs)
         data = _written(program)
         if (found := objection(data)) is not None:
@@ -109,7 +106,7 @@ def load_bytes(data: bytes, name: str) -> nn.Module:
     """
     vet(data, name)
     try:
-        with _quiet():
+        with quiet():
             module = torch.export.load(io.BytesIO(data)).module()
     except Exception as problem:
         # The deserializer raises whatever its own steps do; the file is consistent, so its torch version is the reason.
@@ -123,7 +120,7 @@ def load_bytes(data: bytes, name: str) -> nn.Module:
 
 def _exported(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[ExportedProgram, bool]:
     """The program, and whether its batch axis is free."""
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         doubled = _with_batch(inputs, max(2, _batch(inputs)))  # an axis of one entry would be taken for a constant
         shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
         for tensor in _batched(doubled):
@@ -153,7 +150,7 @@ def _written(program: ExportedProgram) -> bytes:
     program.example_inputs = None  # they would be pickled
     program._guards_code = []  # Python source that a loader executes; input shapes are checked without it
     stream = io.BytesIO()
-    with _quiet():
+    with quiet():
         torch.export.save(program, stream)
     return stream.getvalue()
 
@@ -245,29 +242,3 @@ def _refusal(module: nn.Module, reason: str) -> ExportError:
 def _first_line(problem: BaseException) -> str:
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(problem).__name__
-
-
-@contextlib.contextmanager
-def _eval_mode(network: nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in network.modules()]
-    for part, _ in modes:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's prints, logs and warnings off the screen; what matters comes as an exception."""
-    before = logging.root.manager.disable
-    logging.disable(sys.maxsize)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            with contextlib.redirect_stderr(io.StringIO()):
-                yield
-    finally:
-        logging.disable(before)

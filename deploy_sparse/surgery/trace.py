@@ -118,7 +118,7 @@ def _first_that_works(
             raise
     real = with_tensors(module, lambda name, x: values[name].clone()).eval()
     copies = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, inputs)
-    return record(real, copies, values, real_constants=False), "real"
+    return record(real, copies, real_constants=False), "real"
 
 
 def _without_memory(
@@ -131,7 +131,7 @@ def _without_memory(
             module, lambda name, x: to_meta(x) if weightlike(values.get(name, x)) else values[name]
         ).eval()
         try:
-            return record(twin, light, values, real_constants=way == "reckoned"), way
+            return record(twin, light, real_constants=way == "reckoned"), way
         except DataDependent:
             raise
         except Exception as problem:  # of the network's own code: any class

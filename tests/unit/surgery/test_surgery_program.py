@@ -260,16 +260,16 @@ class Branches(nn.Module):
 
 class Own(nn.Module):
     def forward(self, x):
-        return torch.ops.deploy_sparse_test.twice(x)
+        return torch.ops.made_up.twice(x)
 
 
 def test_networks_without_an_export_form_are_refused_with_the_reason():
     with pytest.raises(ExportError, match=r"Branches has no torch.export form: [\s\S]*load it with its factory"):
         program_bytes(Branches(), torch.ones(2, 3))
-    library = torch.library.Library("deploy_sparse_test", "DEF")
-    library.define("twice(Tensor x) -> Tensor")
-    library.impl("twice", lambda x: x * 2, "CompositeExplicitAutograd")
-    with pytest.raises(ExportError, match=r"needs the operator 'torch.ops.deploy_sparse_test.twice.default'"):
+    operators = torch.library.Library("made_up", "DEF")
+    operators.define("twice(Tensor x) -> Tensor")
+    operators.impl("twice", lambda x: x * 2, "CompositeExplicitAutograd")
+    with pytest.raises(ExportError, match=r"needs the operator 'torch.ops.made_up.twice.default'"):
         program_bytes(Own(), torch.ones(2, 3))
     with pytest.raises(ExportError, match=r"Linear has no torch.export form"):
         program_bytes(nn.Linear(3, 2), torch.ones(2, 4))
