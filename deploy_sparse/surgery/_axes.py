@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import nn
-from torch.fx import Node
 
+from ._nodes import Node
 from ._provenance import Expr, Setting
 from ._values import Atoms, Value, along, lean, untracked, varying
 from ._weights import Part, Usage

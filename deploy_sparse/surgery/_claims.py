@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.fx import Node, map_arg
 
 from ._axes import Ledger
+from ._nodes import Node, map_nodes
 from ._values import Value, compressed, lean, varying
 from ._words import names
 from .trace import operation, place
@@ -71,7 +71,7 @@ def labels(ledger: Ledger, node: Node) -> tuple[Node, torch.Tensor] | None:
         return None
     origin, flat = found
     if name == "getitem":
-        return origin, flat[node.args[1]]  # type: ignore[index]
+        return origin, flat[node.args[1]]
     if name in ("contiguous", "clone", "alias", "detach", "to", "_to_copy", "lift_fresh", "type_as"):
         return found
 
@@ -82,7 +82,7 @@ def labels(ledger: Ledger, node: Node) -> tuple[Node, torch.Tensor] | None:
     if name in ("expand_as", "view_as", "reshape_as"):
         shape = list(node.meta["val"].shape)
         return origin, flat.expand(shape) if name == "expand_as" else flat.reshape(shape)
-    made = function(*map_arg(node.args, held), **map_arg(node.kwargs, held))
+    made = function(*map_nodes(node.args, held), **map_nodes(node.kwargs, held))
     return origin, made
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch.fx import Node
 
 from ._axes import Ledger
 from ._claims import shown_positions
+from ._nodes import Node
 from ._provenance import Derived, Expr, Setting
 from ._values import Value, lean, varying
 from ._words import names
@@ -64,6 +64,19 @@ class Extents:
         """How many positions of an axis stay."""
         found = self.positions(node, dim)
         return found if isinstance(found, int) else found.kept(removed)
+
+    def shape(self, node: Node, part: int | None, removed: Removed) -> list[int]:
+        """How many positions stay along each axis of a node's result."""
+        known = self.ledger.values.get(node)
+        value = known[part] if isinstance(known, tuple) and part is not None else known
+        sizes = list((node.meta["val"] if part is None else node.meta["val"][part]).shape)
+        dims: Sequence[int] = range(len(sizes))
+        if isinstance(value, Value) and not value.state and not self.ledger.is_state(node):
+            dims = varying(value.atoms)
+        for dim in dims:
+            found = self.positions(node, dim, part)
+            sizes[dim] = found if isinstance(found, int) else found.kept(removed)
+        return sizes
 
     def _found(self, node: Node, dim: int, part: int | None) -> Positions | int:
         shape = (node.meta["val"] if part is None else node.meta["val"][part]).shape
@@ -149,7 +162,7 @@ def _of_parameter(ledger: Ledger, node: Node, dim: int, stated: tuple[Expr, ...]
     for user in ledger.users.get(node, ()):
         roots = shown_positions(ledger, user, dim) if is_pick(user) else None
         if roots is not None:
-            yield Equation(Positions(roots), stated[user.args[1]], place(node))  # type: ignore[index]
+            yield Equation(Positions(roots), stated[user.args[1]], place(node))
 
 
 _SIZED = names("view reshape _unsafe_view expand unflatten split split_with_sizes unbind slice select narrow")

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from torch.fx import Node
 
 from ._axes import Ledger
+from ._nodes import Node
 from ._part_rules import channel_shuffle, chunk, glu, join, pixel_shuffle, shift
 from ._pointwise import POINTWISE_TOO, pointwise
 from ._reduction_rules import ADD_UP, POOL_AVERAGE, along_axis, pool, reduce

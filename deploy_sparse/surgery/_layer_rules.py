@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Node
 
 from ._axes import Grid, Ledger, Read, columns, known_numbers, layer_name
 from ._claims import slice_of
+from ._nodes import Node
 from ._values import Value, along, compressed, even, lean, varying
 from ._weights import contribution, rows_reading, usage
 from .trace import arguments, operation, place

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch.fx import Node
 
 from ._axes import Ledger, Mixing
 from ._claims import claim, fix_claims
+from ._nodes import Node
 from ._values import Value, lean, varying
 from .trace import place
 

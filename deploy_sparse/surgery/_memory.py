@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.fx import Node
 
 from ._axes import Ledger
+from ._nodes import Node
 from ._values import UNTRACKED, Value, compressed, untracked
 from .trace import overwritten, place
 

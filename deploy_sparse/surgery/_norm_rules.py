@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch.fx import Node
 
 from ._axes import Grid, Ledger, NormUse, columns, layer_name
+from ._nodes import Node
 from ._values import Value, along, compressed, even, lean, unknown_constant, untracked, varying
 from .trace import arguments, layer_of, operation, place
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch.fx import Node
 
 from ._axes import Grid, Ledger
+from ._nodes import Node
 from ._shape_rules import Result, placed, same_operation
 from ._values import Value, compressed, even, lean, varying
 from .trace import arguments, operation, place
@@ -15,14 +15,14 @@ from .trace import arguments, operation, place
 
 def pixel_shuffle(ledger: Ledger, node: Node) -> Result:
     """``[.., C · r², H, W]`` to ``[.., C, H · r, W · r]``: the r² channels behind one output channel go together."""
-    value, factor = ledger.value(node.args[0]), int(node.args[1]) ** 2  # type: ignore[arg-type]
+    value, factor = ledger.value(node.args[0]), int(node.args[1]) ** 2
     dim = len(value.shape) - 3
     if dim in varying(value.atoms):
         parts = torch.unflatten(lean(value.atoms), dim, (-1, factor))  # [.., C, r², 1, 1]
         ledger.atoms.unify(parts.amax(dim=dim + 1, keepdim=True), parts, f"channels meet {value.why} at {place(node)}")
         joined = parts.amax(dim=dim + 1, keepdim=True).expand(parts.shape).flatten(dim, dim + 1)
         value = replace(value, atoms=joined.expand(value.shape))
-        ledger.values[node.args[0]] = value  # type: ignore[index]
+        ledger.values[node.args[0]] = value
     return same_operation(ledger, node)
 
 
@@ -87,7 +87,7 @@ def join(ledger: Ledger, node: Node) -> Value:
     """Concatenation along the channels, or along another axis, which joins the channels of all parts."""
     name, _ = operation(node)
     stacked = name == "stack"
-    parts = [ledger.value(n) for n in node.args[0]]  # type: ignore[union-attr, arg-type]
+    parts = [ledger.value(n) for n in node.args[0]]
     dim = arguments(node)["dim"] % (len(parts[0].shape) + stacked)
     atoms = [p.atoms.unsqueeze(dim) if stacked else p.atoms for p in parts]
     constants = [p.constant.unsqueeze(dim) if stacked else p.constant for p in parts]

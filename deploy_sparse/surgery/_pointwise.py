@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.fx import Node, map_arg
 
 from ._axes import Ledger
 from ._meet import meet
+from ._nodes import Node, map_nodes
 from ._values import Value, compressed, lean, unknown_constant, untracked, varying
 from .trace import arguments, operation, place
 
@@ -78,9 +78,9 @@ def _applied(node: Node, known: dict[Node, torch.Tensor]) -> torch.Tensor:
         return filled.bool() if source.meta["val"].dtype == torch.bool else filled
 
     given = {key: value for key, value in node.kwargs.items() if key not in ("memory_format", "out")}
-    args, kwargs = map_arg((node.args, given), number)
+    args, kwargs = map_nodes((node.args, given), number)
     if "out" in node.kwargs:
-        function = node.target.overloadpacket  # type: ignore[union-attr]
+        function = node.target.overloadpacket
     result = function(*args, **kwargs).to(torch.float64)
     return torch.where(hidden, torch.nan, result)
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch.fx import Node
 
 from ._axes import Ledger, Mixing
 from ._meet import meet
+from ._nodes import Node
 from ._values import UNTRACKED, Value, compressed, even, lean, untracked, varying
 from .trace import arguments, operation, place
 
@@ -29,15 +29,15 @@ def rule_for(node: Node) -> Callable[[Ledger, Node], Value] | None:
 
 def matmul(ledger: Ledger, node: Node) -> Value:
     """``[..., n, k] @ [..., k, m]``, batch axes broadcast; vectors as in :func:`torch.matmul`."""
-    left, right = (ledger.value(n) for n in node.args[:2])  # type: ignore[arg-type]
+    left, right = (ledger.value(n) for n in node.args[:2])
     return _matmul(ledger, node, left, right)
 
 
 def baddbmm(ledger: Ledger, node: Node) -> Value:
     """``input · beta + left @ right``."""
-    added, left, right = (ledger.value(n) for n in node.args[:3])  # type: ignore[arg-type]
+    added, left, right = (ledger.value(n) for n in node.args[:3])
     product = _matmul(ledger, node, left, right)
-    meet(ledger, node, product, added, node.args[0])  # type: ignore[arg-type]
+    meet(ledger, node, product, added, node.args[0])
     return Value(product.atoms, torch.full_like(product.constant, torch.nan), why=product.why)
 
 

@@ -16,9 +16,10 @@ from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
-from torch.fx import Node
 from torch.overrides import TorchFunctionMode
 
+from ._nodes import Node
+from ._skeleton import parts_of
 from ._words import names
 
 
@@ -135,7 +136,7 @@ def settings_marked(module: nn.Module) -> Iterator[None]:
     Of PyTorch's own layers only the widths that narrowing keeps up to date; the rules know the others.
     """
     changed: list[tuple[dict[str, Any], str, Any]] = []
-    for path, part in module.named_modules():
+    for path, part in parts_of(module):
         ready_made = type(part).__module__.startswith("torch.nn.modules") and not isinstance(part, nn.Unflatten)
         for name, value in list(vars(part).items()):
             if name.startswith("_") or (ready_made and name not in _KEPT_UP_TO_DATE):

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, Node
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ._nodes import Node
 from ._outputs import tensors_of
 from ._provenance import Expr, Size, SizesRemembered, origin, settings_marked
+from ._skeleton import parts_of, state_of
 from ._words import names
 
 _READS_VALUES = frozenset({"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "unique", "_unique2"})
@@ -44,6 +45,7 @@ def record(
     inputs: tuple[Any, ...],
     *,
     real_constants: bool,
+    origins: bool = True,
     into: Recording | None = None,
 ) -> Recording:
     """Run ``module`` once and write its operations down.
@@ -52,6 +54,7 @@ def record(
         module: in evaluation mode; the run may change it, so it is a copy.
         inputs: positional inputs, on the device of the module.
         real_constants: reckon tensors that depend on no input, instead of only recording them.
+        origins: remember where sizes come from, which takes time.
         into: filled while the network runs, for runs that fail midway.
 
     Raises:
@@ -62,15 +65,13 @@ def record(
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel hides the attention's parts
     try:
-        with (
-            torch.inference_mode(),
-            torch.compiler.set_stance("force_eager"),
-            settings_marked(module),
-            _layers_followed(module, recorder.stack),
-            SizesRemembered(recorder.node_of) as sizes,
-            recorder,
-        ):
-            recorder.given = lambda: sizes.given
+        with torch.inference_mode(), torch.compiler.set_stance("force_eager"), ExitStack() as entered:
+            if origins:
+                entered.enter_context(settings_marked(module))
+            entered.enter_context(_layers_followed(module, recorder.stack))
+            if origins:
+                recorder.sizes = entered.enter_context(SizesRemembered(recorder.node_of))
+            entered.enter_context(recorder)
             outputs = module(*inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -86,21 +87,26 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         recording: Recording,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.graph, self.nodes, self.stack = Graph(), recording.calls, [("", 0)]
+        self.nodes, self.stack = recording.calls, [("", 0)]
         self.recording, self.real_constants = recording, real_constants
-        self.given: Callable[[], list[int]] = list
+        self.sizes: SizesRemembered | None = None
         self.symbols: dict[int, Node] = {}
         self.twins: dict[int, torch.Tensor] = {}
         self.state: list[torch.Tensor] = []
-        self.buffers = {id(tensor) for _, tensor in module.named_buffers()}
+        parts = parts_of(module)
+        self.buffers = {id(tensor) for _, part in parts for tensor in part._buffers.values()}
         self.kept: list[torch.Tensor] = []  # so that no id is given twice
         self.names: dict[int, str] = {}  # of parameters and buffers that were not read yet
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        for name, tensor in state_of(parts):
             if tensor.is_meta or isinstance(tensor, nn.Parameter) or not real_constants:
                 self.state.append(tensor)
                 self.names.setdefault(id(tensor), name)
         for number, tensor in enumerate(x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)):
             self._placeholder(tensor).meta["input"] = number
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as the stance has it; the wrapper that would do so is slow
 
     def node_of(self, tensor: torch.Tensor) -> Node | None:
         if id(tensor) in self.names:
@@ -112,7 +118,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The recording, without the calls that nothing comes of."""
         tensors = [*tensors_of(outputs), *self._written_state()]
         results = tuple(node for x in tensors if (node := self.node_of(x)) is not None)
-        output = self.graph.output(results)
+        output = Node("output", "output", (results,))
         used = {_storage(x) for x in tensors}
         alive: list[Node] = []
         for node in reversed(self.nodes):
@@ -135,8 +141,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        tensors = list(_tensors_in((args, kwargs)))
-        symbolic = any([self.node_of(x) is not None for x in tensors])
+        tensors = _tensors_in((args, kwargs))
+        known = [self.node_of(x) is not None for x in tensors]
+        symbolic = any(known)
         if symbolic and name in _READS_VALUES:
             raise DataDependent(f"it looks at the values of a tensor ({func}) in {_where(self.stack[-1][0])}")
         if not symbolic:
@@ -145,8 +152,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif self.real_constants and name in _FACTORIES and _numel(args[1]) <= _RECKONED:
             source = torch.empty((), dtype=args[0].dtype)
             return func(source, *args[1:], **_off_meta(kwargs))
-        meta = any(x.is_meta for x in tensors)
-        args, kwargs = self._with_twins((args, kwargs), meta)
+        if not all(known) or not tensors:
+            meta = any(x.is_meta for x in tensors)
+            args, kwargs = self._with_twins((args, kwargs), meta)
         result = _without_work(name, args, kwargs)
         if result is None:
             result = func(*args, **kwargs)
@@ -174,7 +182,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return value
 
     def _placeholder(self, tensor: torch.Tensor) -> Node:
-        node = self.graph.placeholder(f"tensor_{len(self.symbols)}")
+        node = Node("placeholder", "placeholder", name=f"tensor_{len(self.symbols)}")
         node.meta["val"] = tensor
         self._know(tensor, node)
         return node
@@ -184,16 +192,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.kept.append(tensor)
 
     def _write_down(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        node = self.graph.create_node("call_function", func, self._nodes_in(args), self._nodes_in(kwargs))
+        node = Node("call_function", func, self._nodes_in(args), self._nodes_in(kwargs))
         layer, call = self.stack[-1]
-        node.meta.update(val=result, layer=layer, call=call, sizes=_sizes(func, args, self.given()))
+        sizes = {} if self.sizes is None else _sizes(func, args, self.sizes.given)
+        node.meta = {"val": result, "layer": layer, "call": call, "sizes": sizes}
         self.nodes.append(node)
         if isinstance(result, torch.Tensor):
             self._know(result, node)
         elif isinstance(result, list | tuple):
             for position, part in enumerate(result):
                 if isinstance(part, torch.Tensor):
-                    pick = self.graph.create_node("call_function", operator.getitem, (node, position))
+                    pick = Node("call_function", operator.getitem, (node, position))
                     pick.meta.update(val=part, layer=layer, call=call)
                     self.nodes.append(pick)
                     self._know(part, pick)
@@ -232,6 +241,8 @@ def _without_work(name: str, args: Any, kwargs: Any) -> Any:
     if name == "batch_norm" and not args[5] and first.dim() > 1:
         fitting = all(t is None or (t.shape == first.shape[1:2] and t.dtype == first.dtype) for t in args[1:5])
         return _like(first) if fitting else None
+    if name == "adaptive_avg_pool2d" and first.dim() == 4 and first.is_contiguous() and min(first.shape) > 0:
+        return first.new_empty([*first.shape[:2], *args[1]])
     if name == "layer_norm":
         last = list(first.shape[-len(args[1]) :])
         fitting = all(t is None or (list(t.shape) == last and t.dtype == first.dtype) for t in args[2:4])
@@ -311,21 +322,26 @@ def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+def _tensors_in(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            yield from _tensors_in(entry)
-    elif isinstance(value, dict):
-        for entry in value.values():
-            yield from _tensors_in(entry)
+        return [value]
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if not isinstance(value, list | tuple):
+        return []
+    found: list[torch.Tensor] = []
+    for entry in value:
+        if isinstance(entry, torch.Tensor):
+            found.append(entry)
+        elif isinstance(entry, list | tuple | dict):
+            found += _tensors_in(entry)
+    return found
 
 
 @contextmanager
 def _layers_followed(module: nn.Module, stack: list[tuple[str, int]]) -> Iterator[None]:
     """Keep the path of the module that runs on top of ``stack``, with a number of its own for each call."""
-    paths = {id(part): path for path, part in reversed(list(module.named_modules()))}
+    paths = {id(part): path for path, part in reversed(parts_of(module))}
 
     numbers = itertools.count(1)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch.fx import Node
 
 from ._axes import Ledger, Mixing
+from ._nodes import Node
 from ._shape_rules import Result
 from ._values import UNTRACKED, Value, compressed, even, lean, unknown_constant, untracked, varying
 from .trace import arguments, operation, place
@@ -88,7 +88,7 @@ def pool(ledger: Ledger, node: Node) -> Result:
     """Pooling and interpolation over positions. A constant stays, unless zeros of the padding are averaged in."""
     name, _ = operation(node)
     given = arguments(node)
-    value = ledger.value(node.args[0])  # type: ignore[arg-type]
+    value = ledger.value(node.args[0])
     width = len(value.shape) - 2 if "upsample" in name else int(name.split("pool")[1][0])
     spatial = set(range(len(value.shape) - width, len(value.shape)))
     ledger.fix(value, spatial, f"channels lie along the axes pooled by {place(node)}")

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from ._axes import Ledger
 from ._equations import Extents
+from ._nodes import Node
 from ._recorder import Recording, record
 from ._scaling import factor, scalable
 from ._skeleton import to_meta, with_tensors
@@ -70,7 +70,7 @@ def rehearse(
             if before == after:
                 continue
             by = factor(expected, before, after)
-            rows = scalable(ledger, expected.args[0]) if by is not None else None  # type: ignore[arg-type]
+            rows = scalable(ledger, expected.args[0]) if by is not None else None
             if by is None or rows is None:
                 return Rehearsal(expected, "its numbers depend on the width")
             rescales.append(Rescale(rows.weight, rows.bias, rows.rows, by))
@@ -79,7 +79,7 @@ def rehearse(
             return Rehearsal(expected, "it reads a constant that depends on the width")
         for part, (before_, after_) in enumerate(zip(_tensors(expected), _tensors(found), strict=False)):
             single = isinstance(expected.meta["val"], torch.Tensor)
-            wanted = [_size(extents, expected, d, None if single else part, removed) for d in range(before_.dim())]
+            wanted = extents.shape(expected, None if single else part, removed)
             spread = [d for d in range(before_.dim()) if before_.stride(d) == 0]  # follows another tensor's size
             if [n for d, n in enumerate(wanted) if d not in spread] != [
                 n for d, n in enumerate(after_.shape) if d not in spread
@@ -126,9 +126,9 @@ def rehearse_elsewhere(
 def _run(shell: nn.Module, inputs: tuple[Any, ...]) -> tuple[Recording, str]:
     """What a copy of the shell ran, and why it stopped."""
     light = pytree.tree_map(lambda x: to_meta(x) if isinstance(x, torch.Tensor) else x, inputs)
-    network, ran = with_tensors(shell, lambda _, x: x).eval(), Recording()
+    network, ran = with_tensors(shell, lambda _, x: x), Recording()
     try:
-        record(network, light, real_constants=True, into=ran)
+        record(network, light, real_constants=True, origins=False, into=ran)
     except Exception as error:  # of the network's own code: any class
         return ran, (str(error).strip() or type(error).__name__).splitlines()[0]
     return ran, ""
@@ -144,11 +144,6 @@ def _roots(ledger: Ledger, removed: np.ndarray) -> Iterator[Rescale]:
         kept, dense = extents.size(query, size, removed), query.meta["val"].shape[size]
         if rows is not None and 0 < kept < dense:
             yield Rescale(rows.weight, rows.bias, rows.rows, math.sqrt(kept / dense))
-
-
-def _size(extents: Extents, node: Node, dim: int, part: int | None, removed: np.ndarray) -> int:
-    found = extents.positions(node, dim, part)
-    return found if isinstance(found, int) else found.kept(removed)
 
 
 def _compared(nodes: Sequence[Node], replaced: Sequence[str]) -> Iterator[Node]:

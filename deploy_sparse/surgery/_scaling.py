@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch.fx import Node
-
 from ._axes import Ledger
+from ._nodes import Node
 from ._values import Value, lean
 from .trace import arguments, is_pick, operation, place
 
@@ -49,7 +48,7 @@ def factor(node: Node, dense: float, compact: float) -> float | None:
 def fix_unscalable(ledger: Ledger) -> None:
     """Attention without a scale divides by the root of the head size, which stays where nothing can make up for it."""
     for node in ledger.divided:
-        if scalable(ledger, node.args[0]) is None:  # type: ignore[arg-type]
+        if scalable(ledger, node.args[0]) is None:
             query = ledger.value(arguments(node)["query"])
             ledger.fix(query, {len(query.shape) - 1}, f"{place(node)} divides by the root of the head size")
 

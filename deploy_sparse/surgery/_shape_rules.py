@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.fx import Node, map_arg
 
 from ._axes import Grid, Ledger
+from ._nodes import Node, map_nodes
 from ._values import Value, compressed, even, lean, unknown_constant, untracked, varying
 from ._words import names
 from .trace import arguments, operation, place
@@ -18,16 +18,23 @@ RESHAPE = names("view reshape _unsafe_view flatten unflatten expand expand_as vi
 
 
 def identity(ledger: Ledger, node: Node) -> Value:
-    """Copies and casts: nothing changes, except that a cast to integers hides the constant."""
-    value = ledger.value(node.args[0])  # type: ignore[arg-type]
-    before, after = node.args[0].meta["val"].dtype, node.meta["val"].dtype  # type: ignore[union-attr]
-    if after.is_floating_point and before.is_floating_point and torch.finfo(after).eps > torch.finfo(before).eps:
-        return replace(value, constant=value.constant.to(after).to(torch.float64))
-    if after.is_floating_point or not before.is_floating_point:
+    """Copies and casts: nothing changes, except that a cast to integers, or one that rounds, hides the constant."""
+    value = ledger.value(node.args[0])
+    before, after = node.args[0].meta["val"].dtype, node.meta["val"].dtype
+    if after.is_floating_point and before.is_floating_point:
+        rounds = torch.finfo(after).eps > torch.finfo(before).eps
+        known = torch.where(value.constant == 0, value.constant, torch.nan) if rounds else value.constant
+        cause = "would be rounded"
+    elif after.is_floating_point or not before.is_floating_point:
         return value
-    unknown = unknown_constant(value.shape)
-    ledger.lose(value.atoms, value.constant, unknown, f"would be cast to integers by {place(node)}")
-    return Value(value.atoms, unknown, value.producer, value.why)
+    else:
+        known, cause = unknown_constant(value.shape), "would be cast to integers"
+    if known is value.constant:
+        return value
+    ledger.lose(value.atoms, value.constant, known, f"{cause} by {place(node)}")
+    if after.is_floating_point:
+        return replace(value, constant=compressed(known))
+    return Value(value.atoms, known, value.producer, value.why)
 
 
 def same_operation(ledger: Ledger, node: Node, constant: torch.Tensor | None = None) -> Result:
@@ -52,7 +59,7 @@ def same_operation(ledger: Ledger, node: Node, constant: torch.Tensor | None = N
 def _keeps_last_axis(node: Node) -> bool:
     """Whether rows along the last axis stay whole, their size being the same."""
     name, given = operation(node)[0], arguments(node)
-    last = node.args[0].meta["val"].dim() - 1  # type: ignore[union-attr]
+    last = node.args[0].meta["val"].dim() - 1
     if name in ("slice", "select", "chunk", "split", "split_with_sizes", "unbind", "narrow"):
         return bool(given["dim"] % (last + 1) != last)
     if name == "transpose":
@@ -179,7 +186,7 @@ def _extent(node: Node, shape: torch.Size) -> set[int]:
 def invented(ledger: Ledger, node: Node) -> Value:
     """New tensors whose numbers do not matter here; they are as wide as what they are made like."""
     if operation(node)[0].endswith("_like"):
-        value = ledger.value(node.args[0])  # type: ignore[arg-type]
+        value = ledger.value(node.args[0])
         return Value(value.atoms, unknown_constant(value.shape), why=value.why)
     return untracked(node.meta["val"].shape, f"numbers from {place(node)}")
 
@@ -191,10 +198,10 @@ def _run(ledger: Ledger, node: Node, what: str, instead: torch.Tensor | None = N
     name, target = operation(node)
     if name in ("expand_as", "view_as", "reshape_as"):
         shape = node.meta["val"].shape
-        only = held(node.args[0])  # type: ignore[arg-type]
+        only = held(node.args[0])
         return only.expand(shape) if name == "expand_as" else only.reshape(shape)
     function = torch.ops.aten.reshape.default if name in ("view", "_unsafe_view") else target
-    return function(*map_arg(node.args, held), **map_arg(node.kwargs, held))
+    return function(*map_nodes(node.args, held), **map_nodes(node.kwargs, held))
 
 
 def placed(ledger: Ledger, value: Value, fixed: frozenset[int] = frozenset()) -> Value:

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Node
 
 from ._axes import Ledger
+from ._nodes import Node
 from ._values import Value, lean
+from ._words import names
 from .graph import Doubts, analyse, held
-from .trace import Traced, layer_of, place, quick_trace
+from .trace import Traced, layer_of, operation, place, quick_trace
 
 Shapes = tuple[torch.Size, ...]
 _SEED = 20220715
@@ -115,7 +116,7 @@ def analyse_at_any_size(
         if setup is None:
             continue
         alike = _steps(ledger.traced.nodes) == _steps(setup.traced.nodes)
-        if constants or not alike:
+        if not alike or (constants and not _same_numbers(ledger.traced, setup.traced)):
             other = analyse(module, setup.inputs, tensors, again=ledger, traced=setup.traced)
             setup = replace(setup, ledger=other, alike=alike)
             _join(doubts, _doubts(ledger, other))
@@ -234,6 +235,46 @@ def _doubts(ledger: Ledger, other: Ledger) -> Doubts:
 
 def _steps(nodes: Sequence[Node]) -> list[tuple[Any, str]]:
     return [(node.target, layer_of(node)) for node in nodes]
+
+
+def _same_numbers(traced: Traced, other: Traced) -> bool:
+    """Whether two traces of the same operations differ in nothing but sizes: no constant can come out otherwise."""
+    for node, counterpart in zip(traced.nodes, other.nodes, strict=True):
+        if not _alike(node.meta.get("val"), counterpart.meta.get("val")):
+            return False
+        if operation(node)[0] not in _RESHAPES and not _equal(
+            (node.args, node.kwargs), (counterpart.args, counterpart.kwargs)
+        ):
+            return False
+    constants = zip(traced.constants.values(), other.constants.values(), strict=False)
+    return len(traced.constants) == len(other.constants) and all(
+        a.shape == b.shape and (a is b or (not a.is_meta and not b.is_meta and torch.equal(a, b))) for a, b in constants
+    )
+
+
+_RESHAPES = names("view reshape expand")
+
+
+def _alike(value: Any, other: Any) -> bool:
+    """Whether ``value`` has no axis of one position, along which anything is constant, that has several elsewhere."""
+    if isinstance(value, torch.Tensor):
+        return value.dim() == other.dim() and all(
+            m == 1 for n, m in zip(value.shape, other.shape, strict=True) if n == 1
+        )
+    if isinstance(value, list | tuple):
+        return len(value) == len(other) and all(map(_alike, value, other))
+    return True
+
+
+def _equal(value: Any, other: Any) -> bool:
+    """Whether arguments are equal, tensors apart."""
+    if isinstance(value, Node):
+        return isinstance(other, Node)
+    if isinstance(value, list | tuple):
+        return len(value) == len(other) and all(map(_equal, value, other))
+    if isinstance(value, dict):
+        return value.keys() == other.keys() and all(_equal(value[key], other[key]) for key in value)
+    return bool(value == other)
 
 
 def _matched(nodes: Sequence[Node], others: Sequence[Node]) -> dict[int, int]:

@@ -110,6 +110,7 @@ class Atoms:
         self._parent = np.empty(0, dtype=np.int64)
         self._pin = np.empty(0, dtype=np.int64)  # number of the reason, -1 for none
         self._whys: list[str] = []
+        self._settled = False
         self.count = 0
 
     def fresh(self, count: int) -> torch.Tensor:
@@ -145,6 +146,7 @@ class Atoms:
             a, b = self._roots(a), self._roots(b)
             apart = a != b
             a, b = a[apart], b[apart]
+            self._settled = False
             np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
 
     def pin(self, atoms: torch.Tensor, why: str) -> None:
@@ -161,8 +163,15 @@ class Atoms:
             found[root] = min(reason, found.get(root, reason))
         return {root: self._whys[reason] for root, reason in found.items()}
 
+    def settle(self) -> None:
+        """Find all smallest atoms at once; quick as long as no more are joined."""
+        self._roots(np.arange(self.count))
+        self._settled = True
+
     def _roots(self, atoms: np.ndarray) -> np.ndarray:
         roots: np.ndarray = self._parent[atoms]
+        if self._settled:
+            return roots
         while True:
             above = self._parent[roots]
             if np.array_equal(above, roots):

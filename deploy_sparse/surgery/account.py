@@ -58,12 +58,15 @@ def _disputed(ledger: Ledger) -> dict[int, list[str]]:
     """By channel that some layer writes and others let go: those that do."""
     written = np.zeros(ledger.atoms.count, dtype=bool)
     letting: dict[int, list[str]] = {}
+    silent: list[tuple[str, np.ndarray]] = []
     for read in ledger.reads:
-        rows, silent = ledger.atoms.roots(read.rows).numpy(), read.silent_rows.numpy()
-        written[rows[~silent]] = True
-        for root in rows[silent].tolist():
-            letting.setdefault(root, []).append(read.layer)
-    return {root: layers for root, layers in letting.items() if written[root]}
+        rows, zero = ledger.atoms.roots(read.rows).numpy(), read.silent_rows.numpy()
+        written[rows[~zero]] = True
+        silent.append((read.layer, rows[zero]))
+    for layer, rows in silent:
+        for root in rows[written[rows]].tolist():
+            letting.setdefault(root, []).append(layer)
+    return letting
 
 
 def _names(ledger: Ledger, members: Members) -> list[tuple[str, tuple[str, ...]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -46,6 +47,13 @@ class Assembly:
         counted = any(bool((x != 0).any()) for pair in self.norms.values() for x in pair)
         return bool(self.gains or self.columns or self.rescales or counted)
 
+    @cached_property
+    def _cuts(self) -> dict[str, list[Cut]]:
+        found: dict[str, list[Cut]] = {}
+        for cut in self.shape.cuts:
+            found.setdefault(cut.name, []).append(cut)
+        return found
+
     def tensor(self, name: str, own: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The final content of parameter or buffer ``name``; ``own`` stands in where the ticket has none.
 
@@ -56,7 +64,6 @@ class Assembly:
             return self.norms[owner][attribute == "gone_var"].to(own.device, dtype or own.dtype)
         dense = self.tensors.get(name, own)
         kind = dense.dtype if dtype is None or not dense.is_floating_point() else dtype
-        cuts = [cut for cut in self.shape.cuts if cut.name == name]
         changed = dense
         if name in self.gains:
             start = dense.new_zeros(len(self.gains[name])) if dense.numel() == 0 else dense
@@ -68,7 +75,7 @@ class Assembly:
             if name in (rescale.weight, rescale.bias) or created:
                 changed = changed.double().clone()
                 changed[list(rescale.rows)] *= rescale.factor
-        smaller = pick(changed, cuts).to(kind)
+        smaller = pick(changed, self._cuts.get(name, ())).to(kind)
         return smaller.clone() if smaller.data_ptr() == dense.data_ptr() else smaller
 
     def shell(self, name: str, own: torch.Tensor) -> torch.Tensor:
@@ -77,7 +84,7 @@ class Assembly:
         chosen = own if weightlike(dense) else dense
         if name in self.gains and not own.numel():  # a bias that there was none of
             chosen = torch.empty(len(self.gains[name]), dtype=own.dtype, device="meta")
-        return pick(chosen, [cut for cut in self.shape.cuts if cut.name == name])
+        return pick(chosen, self._cuts.get(name, ()))
 
     @staticmethod
     def _carried(weight: torch.Tensor, read: Read, taken: dict[int, list[int]]) -> torch.Tensor:

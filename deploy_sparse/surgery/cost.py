@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from ._nodes import Node
 from ._outputs import tensors_of
 from ._words import names
 from .trace import arguments, operation
@@ -51,7 +51,7 @@ def _macs(node: Node) -> int:
         case "linear":
             return int(made * shape("weight")[1])
         case "matmul" | "bmm" | "mm":
-            return int(made * node.args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
+            return int(made * node.args[0].meta["val"].shape[-1])
         case "baddbmm":
             return int(made * shape("batch1")[-1])
         case "addmm":

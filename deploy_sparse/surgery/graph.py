@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import nn
-from torch.fx import Node
 
 from ..errors import SurgeryError
 from ..structure import ChannelGroup, Producer, Slice
@@ -17,6 +16,7 @@ from . import _flow_rules, _layer_rules, _norm_rules, _product_rules
 from ._axes import Axis, Grid, Ledger, NormUse
 from ._equations import equations
 from ._memory import overwrite
+from ._nodes import Node
 from ._scaling import fix_unscalable
 from ._skeleton import to_meta, with_tensors
 from ._substitute import with_open_attention
@@ -105,6 +105,7 @@ def analyse(
     for name, why in ledger.reshaped_state.items():
         for axis in [a for a in ledger.axes.values() if a.name == name]:
             ledger.atoms.pin(axis.atoms, why)
+    ledger.atoms.settle()
     return ledger
 
 
@@ -248,8 +249,8 @@ def _coarsen(ledger: Ledger, grid: Grid, unit: Unit) -> None:
 def _apply(ledger: Ledger, node: Node) -> Value | tuple[Value, ...]:
     if is_pick(node):
         source, index = node.args
-        found = ledger.values[source]  # type: ignore[index]
-        return found[index] if isinstance(found, tuple) else found  # type: ignore[index]
+        found = ledger.values[source]
+        return found[index] if isinstance(found, tuple) else found
     for rules in (_layer_rules, _norm_rules):
         layer = rules.rule_for(node)
         if layer is not None:

@@ -145,18 +145,18 @@ def _step(ledger: Ledger, use: Read | Mixing | NormUse) -> _ReadStep | _MixingSt
 
 def _lost(ledger: Ledger, needed: Bools, readers: Mapping[int, str]) -> dict[int, Leak]:
     """Needed channels into which some layer writes a constant that turns into something unknown on its way."""
-    constant: dict[int, list[bool]] = {}  # one entry for each row that writes the channel
+    some, others = np.zeros_like(needed), np.zeros_like(needed)  # constant rows write the channel, and others
     for rows, known in ledger.written:
-        for root, is_known in zip(ledger.atoms.roots(rows).tolist(), known.tolist(), strict=True):
-            constant.setdefault(root, []).append(is_known)
+        roots, is_known = ledger.atoms.roots(rows).numpy(), known.numpy()
+        some[roots[is_known]] = others[roots[~is_known]] = True
     reasons: dict[int, Leak] = {}
     for atom, leak in ledger.lost.items():
         reasons.setdefault(ledger.atoms.find(atom), leak)
     lost: dict[int, Leak] = {}
     for root, layer in readers.items():
-        if root in reasons and any(constant.get(root, ())):
+        if root in reasons and some[root]:
             lost[root] = reasons[root]
-        elif all(constant.get(root, (False,))):
+        elif some[root] and not others[root]:
             lost[root] = Leak(f"is no longer known before layer {layer!r}", float("nan"))
     return lost
 

@@ -13,12 +13,12 @@ from typing import Any, Literal, get_args
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
-from torch.fx import Node
 
 from .. import artifact
 from ..errors import SurgeryError, TicketError
 from ..ticket import ModelRef, Ticket
 from ..ties import ties
+from ._nodes import Node
 from ._sizes import analyse_at_any_size
 from ._skeleton import to_meta, with_tensors
 from ._substitute import with_open_attention
@@ -275,7 +275,7 @@ def _cost(calls: tuple[Node, ...], module: nn.Module, inputs: tuple[Any, ...]) -
 
 def _started(weight: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """A weight of nothing but zeros is a start, as of positions and residual branches: what no mask took counts."""
-    if weight.dim() < 2 or weight.is_meta or not weight.is_floating_point() or bool(weight.any()):
+    if weight.dim() < 2 or weight.is_meta or not weight.is_floating_point() or any(bool(row.any()) for row in weight):
         return weight
     unknown = torch.full_like(weight, torch.nan)
     return unknown if mask is None else torch.where(mask.to(weight.device), unknown, weight)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.fx import Node
 
 from ..errors import SurgeryError
 from ._axes import Ledger
+from ._nodes import Node
 from ._rehearse import Rehearsal, rehearse, rehearse_elsewhere
 from ._sizes import Setup
 from ._values import lean

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from ..errors import SurgeryError
+from ._nodes import Node
 from ._recorder import DataDependent, Recording, record
 from ._skeleton import to_meta, with_tensors
 
