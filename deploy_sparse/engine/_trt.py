@@ -74,6 +74,25 @@ def library(runtime: str) -> Any:
         ) from problem
 
 
+def plugin_library() -> tuple[Any, Any]:
+    """The Python modules ``tensorrt`` and ``tensorrt.plugin``, for plugins compiled ahead of time.
+
+    Raises:
+        MissingDependencyError: full TensorRT is not installed, or has no such plugins.
+    """
+    trt = library("tensorrt")
+    try:
+        plugin = importlib.import_module("tensorrt.plugin")
+        _ = plugin.aot_impl, plugin.KernelLaunchParams
+    except (ImportError, AttributeError) as problem:
+        raise MissingDependencyError(
+            f"tensorrt {trt.__version__} has no plugins compiled ahead of time ({problem})",
+            expected="tensorrt.plugin with aot_impl: TensorRT 10.16 or newer",
+            fix=f"{_INSTALL['tensorrt']}; or leave plugins off: the layer's native form needs none",
+        ) from problem
+    return trt, plugin
+
+
 def builder_library(target: Target) -> Any:
     """The Python module that compiles for a TensorRT target, once it is sure that it can do so here.
 

@@ -49,6 +49,7 @@ ALLOWED = {
         "sparsify",
         "surgery",
         "engine",
+        "tune",
         "ticket",
         "masked",
         "structure",
@@ -59,8 +60,13 @@ ALLOWED = {
     },
 }
 HEAVY = {"torch", "torchvision", "onnx", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx", "torch_tensorrt",
-         "sklearn", "matplotlib", "safetensors", "jinja2", "pydantic", "rich", "numpy", "pycuda"}  # fmt: skip
-OWNERS = {"tensorrt": "engine/_trt.py", "tensorrt_rtx": "engine/_trt.py", "sklearn": "data/"}
+         "sklearn", "matplotlib", "safetensors", "jinja2", "pydantic", "rich", "numpy", "pycuda", "triton"}  # fmt: skip
+OWNERS = {
+    "tensorrt": "engine/_trt.py",
+    "tensorrt_rtx": "engine/_trt.py",
+    "triton": "engine/_triton.py",
+    "sklearn": "data/",
+}
 
 
 def modules():
