@@ -27,14 +27,16 @@ from .sparsify.oneshot import SOURCES, source_masks
 from .sparsify.patterns import channels, silence, silent_pools, whole
 from .sparsify.regroup import RegroupRule, grouped_convolutions, regroup
 from .structure import ChannelGroup, density
-from .surgery.compact import Compact, checked_inputs
+from .surgery.compact import Compact, Format
 from .surgery.compact import compact as compact_ticket
 from .surgery.compact import load_compact as load_compact_folder
 from .surgery.graph import Inputs, channel_groups
+from .surgery.inputs import checked_inputs
 from .surgery.plan import Norms, Shortcuts, SurgeryPlan
 from .surgery.program import load_program as load_program_file
 from .ticket import ModelRef, Provenance, Ticket
 from .ties import copied
+from .tune.formats import choose_format
 
 Factory = Callable[[], torch.nn.Module]
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -51,7 +53,7 @@ def compact(
     *,
     factory: Factory | None = None,
     example_inputs: tuple[torch.Tensor, ...] | None = None,
-    format: Literal["auto", "channels"] = "auto",
+    format: Literal["auto", "dense", "channels", "packed"] = "channels",
     target: str | Path | Config | None = None,
     norms: Norms = "exact",
     shortcuts: Shortcuts = "union",
@@ -63,7 +65,10 @@ def compact(
         factory: constructs the dense network, without arguments; may be left out for a zoo network.
         example_inputs: what the network is traced and verified with, batch first, for example ``(x,)`` with ``x`` of
             shape ``[2, 3, 32, 32]``; seeded noise of the ticket's input shape by default.
-        format: ``"channels"`` removes channels; ``"auto"`` chooses, and channels are the only format so far.
+        format: ``"channels"`` removes channels. ``"packed"`` runs layers whose masks are blocks as blocks besides.
+            ``"dense"`` leaves the masked network as it is. ``"auto"`` times all of them on the target, which must run
+            here, layer by layer and as a whole, and takes the fastest, the dense network unless another beats it; the
+            plan's ``choice`` says what was timed.
         target: a target's name or file: kept widths are rounded up to the multiple that the target likes, by dead
             channels that stay.
         norms: ``"exact"``: channels that a LayerNorm, RMSNorm or GroupNorm counts may go, and a norm that keeps
@@ -81,20 +86,21 @@ def compact(
     """
     _refuse_unknown("norms", norms, get_args(Norms))
     _refuse_unknown("shortcuts", shortcuts, get_args(Shortcuts))
-    if format not in ("auto", "channels"):
-        raise ConfigError(f"format {format!r}", expected="'auto' or 'channels'", fix="leave it out")
+    _refuse_unknown("format", format, ("auto", *get_args(Format)))
     ticket = ticket if isinstance(ticket, Ticket) else Ticket.load(ticket)
-    multiple = 1
-    if target is not None:
-        found: Any = target if isinstance(target, Config) else load_target(target)
-        multiple = found.width_multiple
+    factory = factory or zoo_factory(ticket.model, "deploy_sparse.compact(ticket, factory=…) in Python")
+    found: Any = load_target(target) if isinstance(target, str | Path) else target
+    if format == "auto":
+        if found is None:
+            raise ConfigError(
+                "format 'auto' without a target",
+                expected="the target to time on",
+                fix="name one that runs here (--target cpu), or choose the format 'channels' or 'packed'",
+            )
+        return choose_format(ticket, factory, found, example_inputs, norms=norms, shortcuts=shortcuts)[0]
+    multiple = 1 if found is None else found.width_multiple
     return compact_ticket(
-        ticket,
-        factory or zoo_factory(ticket.model, "deploy_sparse.compact(ticket, factory=…) in Python"),
-        example_inputs,
-        multiple=multiple,
-        norms=norms,
-        shortcuts=shortcuts,
+        ticket, factory, example_inputs, format=format, multiple=multiple, norms=norms, shortcuts=shortcuts
     )
 
 
@@ -150,7 +156,8 @@ def oneshot_ticket(
     """Prune any network at once, without training: a ticket with the network's own weights and masks for them.
 
     Args:
-        model: any module that ``torch.export`` can trace (for ``"unstructured"`` it need not); it is not changed.
+        model: any module that runs on the example inputs without control flow that depends on their values; it is not
+            changed. For ``"unstructured"`` by magnitude or by lot it is not run.
         example_inputs: one tensor with a batch axis, or the tuple of positional inputs, on the model's device.
         pattern: ``"channels"``: whole output channels, chosen together by all layers that a residual sum couples, so
             that the network really gets narrower. ``"unstructured"``: single weights of the convolutions and Linear

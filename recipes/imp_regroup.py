@@ -10,10 +10,11 @@ Chen et al. 2022, "Coarsening the Granularity: Towards Structurally Sparse Lotte
    dense enough in them) a block, every position of which survives, and prune everything outside blocks.
 4. Train each structural ticket from the rewind point. With several ``regroup.rounds``, the sparsest ticket whose
    *validation* accuracy is within ``regroup.tolerance`` of the dense network's is taken (the best one if none is).
-5. Deploy: cut what no block uses out of the network, verify that the rest computes the same function, export it,
-   compile engines for ``deploy.targets``, and time dense and ticket interleaved. *Test* accuracy is the deployed
-   engine's. Blocks are executed as dense layers with zeros for now, so the report shows the speed of the cut channels
-   alone; it lists each layer's blocks, how full they are, and how many of the survivors they hold.
+5. Deploy: cut what no block uses out of the network, run the blocks as small dense layers, verify that the rest
+   computes the same function, export it, compile engines for ``deploy.targets``, and time dense and ticket
+   interleaved. With ``deploy.format = "auto"`` each layer is packed only where that is faster on the first target, and
+   the whole network stays dense where nothing is. *Test* accuracy is the deployed engine's. The report lists each
+   layer's blocks, how full they are, and how many of the survivors they hold.
 
 What to turn:
 
@@ -53,7 +54,7 @@ BLOCKS = (
     "Density: share of the layer's weights before and after. In blocks: share of the mask's survivors that lie in "
     "blocks. Fill: share of the blocks' positions that had survived. Magnitude: share of the survivors' ℓ1 norm that "
     "is kept. A dense layer has no blocks and is not pruned; the total is denser than the mask where many stay dense. "
-    "The engines run blocks as dense layers with zeros."
+    "Which layers run as blocks is said with the layers after surgery."
 )
 
 

@@ -13,6 +13,7 @@ from .plan_text import plan_text
 
 EXAMPLES = """  deploy-sparse compact runs/imp_refill-resnet_digits/ticket --out compact
   deploy-sparse compact my_ticket --target rtx-sm89 --out compact
+  deploy-sparse compact my_ticket --format auto --target cpu --out compact
 """
 
 
@@ -22,7 +23,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-program", action="store_true", help="leave out compact.pt2, which loads without the factory"
     )
-    parser.add_argument("--target", help="round widths up to the multiple this target likes")
+    parser.add_argument(
+        "--format",
+        default="channels",
+        help="channels: cut channels; packed: run blocks as blocks too; dense: as it is; auto: the fastest on --target",
+    )
+    parser.add_argument("--target", help="round widths up to the multiple this target likes; what auto times on")
     parser.add_argument("--norms", default="exact", help="exact: channels that a norm counts may go; leave: they stay")
     parser.add_argument("--shortcuts", default="union", help="union: layers write what any of them writes; spread")
 
@@ -34,7 +40,9 @@ def execute(options: argparse.Namespace) -> int:
     source = Path(options.ticket)
     if (source / "run.json").is_file() and (source / "ticket").is_dir():
         source = source / "ticket"
-    made = compact(source, target=options.target, norms=options.norms, shortcuts=options.shortcuts)
+    made = compact(
+        source, format=options.format, target=options.target, norms=options.norms, shortcuts=options.shortcuts
+    )
     folder = made.save(options.out, program=not options.no_program)
     found = artifact.read_json(folder / "plan.json")
     program = "compact.pt2" in found["files"]

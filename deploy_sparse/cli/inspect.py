@@ -17,7 +17,7 @@ from .plan_text import plan_text
 if TYPE_CHECKING:
     import torch
 
-    from ..surgery.plan import SurgeryPlan
+    from ..surgery.plan import Norms, Shortcuts, SurgeryPlan
     from ..ticket import ModelRef
 
 EXAMPLES = """  deploy-sparse inspect runs/imp_refill-resnet_digits
@@ -29,6 +29,12 @@ EXAMPLES = """  deploy-sparse inspect runs/imp_refill-resnet_digits
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="a ticket's folder, a compact network's, or a run's")
     parser.add_argument("--target", help="of a ticket: round widths up to the multiple this target likes")
+    parser.add_argument(
+        "--norms", help="of a ticket: exact (the default): channels that a norm counts may go; leave: they stay"
+    )
+    parser.add_argument(
+        "--shortcuts", help="of a ticket: union (the default): layers write what any of them writes; spread"
+    )
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -39,9 +45,11 @@ def execute(options: argparse.Namespace) -> int:
     kind = artifact.kind_of(path)
     members: Mapping[str, Sequence[str]] | None
     if kind == "ticket":
-        plan, members = _planned(path, options.target)
+        plan, members = _planned(path, options.target, options.norms or "exact", options.shortcuts or "union")
     elif kind == "plan":
-        plan, members = _done(path, options.target)
+        for name in ("target", "norms", "shortcuts"):
+            _refuse_decided(name, getattr(options, name))
+        plan, members = _done(path)
     else:
         found = f"the artifact {kind!r}" if kind else "nothing to inspect"
         raise ArtifactError(
@@ -63,10 +71,10 @@ def execute(options: argparse.Namespace) -> int:
             if plan.multiple == 1
             else f"rounded up to multiples of {plan.multiple}",
         }
-        verdict = f"planned only: deploy-sparse compact {path} --out FOLDER cuts and verifies"
-        return "\n".join(
-            [key_values(facts), "", plan_text(plan, members), verdict if plan.parity is None else str(plan.parity)]
-        )
+        verdict = [] if plan.parity is None else [str(plan.parity)]
+        if kind == "ticket":
+            verdict = [f"planned only: deploy-sparse compact {path} --out FOLDER cuts and verifies"]
+        return "\n".join([key_values(facts), "", plan_text(plan, members), *verdict])
 
     emit(options, value, text)
     return 0
@@ -78,7 +86,9 @@ def _subject(path: Path) -> Path:
     return path
 
 
-def _planned(path: Path, target: str | None) -> tuple[SurgeryPlan, Mapping[str, Sequence[str]]]:
+def _planned(
+    path: Path, target: str | None, norms: Norms, shortcuts: Shortcuts
+) -> tuple[SurgeryPlan, Mapping[str, Sequence[str]]]:
     from .. import api
     from ..engine.target import load_target
     from ..surgery.plan import plan_from_ticket
@@ -91,34 +101,38 @@ def _planned(path: Path, target: str | None) -> tuple[SurgeryPlan, Mapping[str, 
     floating = (tensor.dtype for tensor in ticket.weights.values() if tensor.is_floating_point())
     inputs = _inputs(ticket.model, next(floating, None))
     multiple = 1 if target is None else load_target(target).width_multiple
-    plan = plan_from_ticket(ticket, module, inputs, multiple=multiple)
-    return plan, _members(module.to(inputs.dtype), inputs)
+    plan = plan_from_ticket(ticket, module, inputs, multiple=multiple, norms=norms, shortcuts=shortcuts)
+    return plan, _members(module.to(inputs.dtype), inputs, norms)
 
 
-def _done(path: Path, target: str | None) -> tuple[SurgeryPlan, Mapping[str, Sequence[str]] | None]:
-    from .. import api, zoo
+def _refuse_decided(name: str, given: str | None) -> None:
     from ..errors import ConfigError
+
+    if given is not None:
+        raise ConfigError(
+            f"--{name} {given} for a compact network, whose widths are decided",
+            expected="a ticket",
+            fix=f"leave --{name} out, or inspect the ticket",
+        )
+
+
+def _done(path: Path) -> tuple[SurgeryPlan, Mapping[str, Sequence[str]] | None]:
+    from .. import api, zoo
     from ..surgery.plan import SurgeryPlan
 
-    if target is not None:
-        raise ConfigError(
-            f"--target {target} for a compact network, whose widths are decided",
-            expected="a target for a ticket only",
-            fix="leave --target out, or inspect the ticket",
-        )
     plan = SurgeryPlan.load(path)
     if not zoo.known(plan.model.name) or not plan.model.input_shape:
         return plan, None  # the members come from the dense network
-    return plan, _members(api.zoo_factory(plan.model, "")(), _inputs(plan.model, None))
+    return plan, _members(api.zoo_factory(plan.model, "")(), _inputs(plan.model, None), "exact")
 
 
-def _members(module: torch.nn.Module, inputs: torch.Tensor) -> dict[str, list[str]]:
+def _members(module: torch.nn.Module, inputs: torch.Tensor, norms: Norms) -> dict[str, list[str]]:
     """Names of the tensors in every channel group of the dense network."""
     from ..surgery.graph import channel_groups
 
     return {
         group.name: list(dict.fromkeys(part.name for part in group.slices()))
-        for group in channel_groups(module, (inputs,))
+        for group in channel_groups(module, (inputs,), norms=norms == "exact")
     }
 
 

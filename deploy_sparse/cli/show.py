@@ -79,7 +79,8 @@ def _plan(path: Path) -> tuple[dict[str, Any], str]:
 
     plan = SurgeryPlan.load(path)
     columns, rows = plan.layer_table()
-    return plan.summary(), "\n".join(["compact network", "", table(columns, rows), "", *plan.notes(), str(plan.parity)])
+    verdict = [] if plan.parity is None else [str(plan.parity)]
+    return plan.summary(), "\n".join(["compact network", "", table(columns, rows), "", *plan.notes(), *verdict])
 
 
 def _engine(path: Path) -> tuple[dict[str, Any], str]:

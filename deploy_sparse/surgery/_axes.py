@@ -180,6 +180,7 @@ class Ledger:
     users: dict[Node, list[Node]] = field(default_factory=dict)
     usage: dict[tuple[str, int, bool, Part], Usage] = field(default_factory=dict)
     by_layer: dict[str, list[Node]] = field(default_factory=dict)
+    axis_roots: dict[tuple[str, int], tuple[int, np.ndarray]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for node in self.traced.nodes:
@@ -218,6 +219,14 @@ class Ledger:
         known = self.axes.setdefault((name, dim), Axis(name, dim, atoms, role, producer))
         if known.atoms is not atoms:
             self.atoms.unify(known.atoms, atoms, f"{name!r} is used in several places")
+
+    def roots_of(self, axis: Axis) -> np.ndarray:
+        """The smallest joined atoms of a tensor's axis, shaped like its atoms; looked up once while none are joined."""
+        key = axis.name, axis.dim
+        known = self.axis_roots.get(key)
+        if known is None or known[0] != self.atoms.joins:
+            known = self.axis_roots[key] = self.atoms.joins, self.atoms.roots(axis.atoms).numpy()
+        return known[1]
 
     def rows(self, name: str, dim: int, count: int) -> torch.Tensor:
         """The channels written by axis ``dim`` of weight ``name``, ``[count]``; the same ones at each use."""

@@ -84,7 +84,7 @@ class Extents:
             axis = self.ledger.axes.get((self.ledger.name(node), dim))
             if axis is None:
                 return int(shape[dim])
-            roots = self.ledger.atoms.roots(axis.atoms).numpy()
+            roots = self.ledger.roots_of(axis)
             return Positions(roots[:, None] if roots.ndim == 1 else roots.T)
         known = self.ledger.values.get(node)
         value = known[part] if isinstance(known, tuple) and part is not None else known

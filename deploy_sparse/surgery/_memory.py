@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ._axes import Ledger
-from ._nodes import Node
+from ._nodes import Node, overwritten
 from ._values import UNTRACKED, Value, compressed, untracked
-from .trace import overwritten, place
+from .trace import place
 
 _FOLLOWED = 1 << 22  # elements of memory; larger ones are given up
 
@@ -19,13 +19,18 @@ def overwrite(ledger: Ledger, node: Node, position: int, last_use: dict[Node, in
     """After an in-place operation, bring the values of all tensors over the same memory up to date."""
     for target in overwritten(node):
         result = ledger.values[node]
-        assert isinstance(result, Value)
+        if not isinstance(result, Value) or not memories(node) & memories(target):  # it gives something else
+            ledger.value(target)
+            for other in list(ledger.values):
+                if memories(other) & memories(target):
+                    _give_up_view(ledger, other, f"{place(node)} writes into it")
+            continue
         if last_use.get(target, -1) > position:
             ledger.value(target)
             ledger.values[target] = result
         for other in list(ledger.values):
             stale = last_use.get(other, -1) > position and other not in (node, target)
-            if not stale or not _memory(other) & _memory(target):
+            if not stale or not memories(other) & memories(target):
                 continue
             if _extent(other) == _extent(target):
                 ledger.values[other] = result
@@ -77,7 +82,8 @@ def _give_up_view(ledger: Ledger, node: Node, why: str) -> None:
     ledger.values[node] = changed if isinstance(known, tuple) else changed[0]
 
 
-def _memory(node: Node) -> set[int]:
+def memories(node: Node) -> set[int]:
+    """What tells the memory of an operation's results from any other."""
     outputs = node.meta.get("val")
     tensors = outputs if isinstance(outputs, list | tuple) else (outputs,)
     return {t.untyped_storage()._cdata for t in tensors if isinstance(t, torch.Tensor)}

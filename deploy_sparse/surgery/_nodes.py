@@ -54,6 +54,19 @@ def map_nodes(value: Any, function: Callable[[Node], Any]) -> Any:
     return value
 
 
+def overwritten(node: Node) -> tuple[Node, ...]:
+    """The nodes whose tensors an operation writes into."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return ()
+    written = [
+        node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+        for position, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return tuple(_nodes(written))
+
+
 def _nodes(value: Any) -> Iterator[Node]:
     if isinstance(value, Node):
         yield value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +15,11 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._nodes import Node
+from ._nodes import Node, overwritten
 from ._outputs import tensors_of
+from ._plain_results import refuse_unfit, without_work
 from ._provenance import Expr, Size, SizesRemembered, origin, settings_marked
 from ._skeleton import parts_of, state_of
-from ._words import names
 
 _READS_VALUES = frozenset({"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "unique", "_unique2"})
 _FACTORIES = frozenset({"new_zeros", "new_ones", "new_full"})
@@ -28,6 +28,10 @@ _RECKONED = 1 << 22  # elements; larger constants stay without memory
 
 class DataDependent(Exception):
     """The network looks at the values of a tensor that depends on its input."""
+
+
+class ConstantWritten(Exception):
+    """What depends on the input is written into a tensor that was reckoned; others may show the same memory."""
 
 
 @dataclass
@@ -55,10 +59,11 @@ def record(
         inputs: positional inputs, on the device of the module.
         real_constants: reckon tensors that depend on no input, instead of only recording them.
         origins: remember where sizes come from, which takes time.
-        into: filled while the network runs, for runs that fail midway.
+        into: filled with the calls while the network runs, for runs that may fail midway; its ``nodes`` stay empty.
 
     Raises:
         DataDependent: the network looks at values that depend on the input.
+        ConstantWritten: it writes what depends on the input into a tensor that was reckoned.
         Exception: whatever the network's own code raises.
     """
     recorder = _Recorder(module, inputs, real_constants, into or Recording())
@@ -75,7 +80,8 @@ def record(
             outputs = module(*inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    return recorder.finish(outputs)
+        recorder.sizes = None  # each would keep the other alive
+    return recorder.finish(outputs) if into is None else into
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -89,9 +95,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.nodes, self.stack = recording.calls, [("", 0)]
         self.recording, self.real_constants = recording, real_constants
+        self.light = any(x.is_meta for x in _tensors_in(inputs))
         self.sizes: SizesRemembered | None = None
         self.symbols: dict[int, Node] = {}
-        self.twins: dict[int, torch.Tensor] = {}
+        self.twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.state: list[torch.Tensor] = []
         parts = parts_of(module)
         self.buffers = {id(tensor) for _, part in parts for tensor in part._buffers.values()}
@@ -125,9 +132,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if node.target is operator.getitem:
                 alive.append(node)
                 continue
-            if used & {_storage(x) for x in _tensors_in(node.meta["val"])}:
+            if used & _memories((node, *overwritten(node))):
                 alive.append(node)
-                used |= {_storage(x) for n in node.all_input_nodes for x in _tensors_in(n.meta["val"])}
+                used |= _memories(node.all_input_nodes)
         kept = set(alive)
         nodes = [n for n in reversed(alive) if n.target is not operator.getitem or n.args[0] in kept]
         self.recording.nodes = (*nodes, output)
@@ -135,7 +142,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _written_state(self) -> list[torch.Tensor]:
         """Buffers that the run changed: what goes into them counts as an output."""
-        changed = {_storage(x) for node in self.nodes for x in _overwritten(node)}
+        changed = {memory for node in self.nodes for memory in _memories(overwritten(node))}
         return [x for x in self.state if _storage(x) in changed]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -147,19 +154,37 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if symbolic and name in _READS_VALUES:
             raise DataDependent(f"it looks at the values of a tensor ({func}) in {_where(self.stack[-1][0])}")
         if not symbolic:
-            if self.real_constants or tensors:
+            if not self.real_constants and not tensors and self.light:
+                kwargs = {**kwargs, "device": torch.device("meta")}
+            else:
+                if self.twins and func._schema.is_mutable:
+                    self._forget_twins_(tensors)
                 return func(*args, **_off_meta(kwargs))
         elif self.real_constants and name in _FACTORIES and _numel(args[1]) <= _RECKONED:
             source = torch.empty((), dtype=args[0].dtype)
             return func(source, *args[1:], **_off_meta(kwargs))
         if not all(known) or not tensors:
+            if self.real_constants and func._schema.is_mutable and self._writes_a_constant(func, args, kwargs):
+                raise ConstantWritten(f"{func} writes into a constant in {_where(self.stack[-1][0])}")
             meta = any(x.is_meta for x in tensors)
             args, kwargs = self._with_twins((args, kwargs), meta)
-        result = _without_work(name, args, kwargs)
+        result = None
+        if func.namespace == "aten":
+            refuse_unfit(name, args)
+            result = without_work(name, args, kwargs)
         if result is None:
             result = func(*args, **kwargs)
         self._write_down(func, args, kwargs, result)
         return result
+
+    def _writes_a_constant(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether a tensor is written that was reckoned; buffers are known by themselves."""
+        written = [
+            args[position] if position < len(args) else kwargs.get(argument.name)
+            for position, argument in enumerate(func._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        return any(self.node_of(x) is None and id(x) not in self.buffers for x in _tensors_in(written))
 
     def _with_twins(self, value: Any, meta: bool) -> Any:
         """Constants among the arguments become placeholders; beside tensors without memory they lose theirs too."""
@@ -169,17 +194,23 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if id(value) not in self.twins:
                 twin = torch.empty_like(value, device="meta") if meta else value
                 node = self._placeholder(twin)
-                self.recording.constants[node.name] = value
-                self.kept.append(value)
-                self.twins[id(value)] = twin
+                self.recording.constants[node.name] = value.clone()  # the network may write into it later
+                self.twins[id(value)] = value, twin
                 if id(value) in self.buffers:
                     self.state.append(twin)
-            return self.twins[id(value)]
+            return self.twins[id(value)][1]
         if isinstance(value, list | tuple):
             return type(value)(self._with_twins(v, meta) for v in value)
         if isinstance(value, dict):
             return {k: self._with_twins(v, meta) for k, v in value.items()}
         return value
+
+    def _forget_twins_(self, changing: list[torch.Tensor]) -> None:
+        """Constants over the same memory hold other numbers from now on."""
+        memories = {_storage(x) for x in changing}
+        forgotten = {key: value for key, (value, _) in self.twins.items() if _storage(value) in memories}
+        self.kept += forgotten.values()
+        self.twins = {key: pair for key, pair in self.twins.items() if key not in forgotten}
 
     def _placeholder(self, tensor: torch.Tensor) -> Node:
         node = Node("placeholder", "placeholder", name=f"tensor_{len(self.symbols)}")
@@ -217,62 +248,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return int(value) if isinstance(value, Size) else value
 
 
-_ELEMENTWISE = names("relu gelu silu sigmoid tanh hardswish hardsigmoid hardtanh leaky_relu elu mish softmax")
-_IN_PLACE = frozenset(f"{name}_" for name in _ELEMENTWISE)
-_SAME_SHAPE = frozenset({"add", "mul", "sub"})
-
-
-def _without_work(name: str, args: Any, kwargs: Any) -> Any:
-    """The result's shape where it is plain, because PyTorch takes long to tell it for tensors without memory."""
-    first = args[0] if args else None
-    if not isinstance(first, torch.Tensor) or not first.is_meta or not first.is_floating_point() or kwargs:
-        return None
-    if name.startswith("conv_transpose") and first.dim() == args[1].dim() and first.shape[1] != args[1].shape[0]:
-        raise RuntimeError(
-            f"{name} of {first.shape[1]} channels by a weight for {args[1].shape[0]}"
-        )  # not checked there
-    if name in _IN_PLACE:
-        return first
-    if name in _ELEMENTWISE and not any(isinstance(a, torch.dtype) for a in args):
-        return _like(first)
-    if name in _SAME_SHAPE and isinstance(args[1], torch.Tensor):
-        alike = args[1].shape == first.shape and args[1].dtype == first.dtype and args[1].stride() == first.stride()
-        return _like(first) if alike else None
-    if name == "batch_norm" and not args[5] and first.dim() > 1:
-        fitting = all(t is None or (t.shape == first.shape[1:2] and t.dtype == first.dtype) for t in args[1:5])
-        return _like(first) if fitting else None
-    if name == "adaptive_avg_pool2d" and first.dim() == 4 and first.is_contiguous() and min(first.shape) > 0:
-        return first.new_empty([*first.shape[:2], *args[1]])
-    if name == "layer_norm":
-        last = list(first.shape[-len(args[1]) :])
-        fitting = all(t is None or (list(t.shape) == last and t.dtype == first.dtype) for t in args[2:4])
-        return (
-            torch.empty_like(first, memory_format=torch.contiguous_format)
-            if fitting and list(args[1]) == last
-            else None
-        )
-    return None
-
-
-def _overwritten(node: Node) -> Iterator[torch.Tensor]:
-    """The tensors that an operation writes into."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return
-    for argument, value in zip(schema.arguments, node.args, strict=False):
-        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node):
-            yield from _tensors_in(value.meta["val"])
-
-
 def _where(layer: str) -> str:
     return f"layer {layer!r}" if layer else "the network itself"
-
-
-def _like(tensor: torch.Tensor) -> torch.Tensor:
-    plain = tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
-    if not plain:
-        return torch.empty_like(tensor)
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _sizes(func: Any, args: Any, given: list[int]) -> dict[str, tuple[Expr, ...]]:
@@ -320,6 +297,10 @@ def _numel(shape: Any) -> int:
 
 def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
+
+
+def _memories(nodes: Sequence[Node]) -> set[int]:
+    return {_storage(x) for node in nodes for x in _tensors_in(node.meta["val"])}
 
 
 def _tensors_in(value: Any) -> list[torch.Tensor]:

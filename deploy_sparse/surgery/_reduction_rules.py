@@ -8,7 +8,7 @@ import torch
 
 from ._axes import Ledger, Mixing
 from ._nodes import Node
-from ._shape_rules import Result
+from ._shape_rules import Result, rounded, rounds
 from ._values import UNTRACKED, Value, compressed, even, lean, unknown_constant, untracked, varying
 from .trace import arguments, operation, place
 
@@ -38,6 +38,9 @@ def reduce(ledger: Ledger, node: Node) -> Result:
             torch.where(constant == 0, constant, torch.nan) if name in ADD_UP else torch.full_like(constant, torch.nan)
         )
     ledger.lose(value.atoms, value.constant, constant, f"would depend on the number of positions in {place(node)}")
+    if rounds(given["self"].meta["val"].dtype, (outputs if single else outputs[0]).dtype):
+        ledger.lose(value.atoms, constant, rounded(constant), f"would be rounded by {place(node)}")
+        constant = rounded(constant)
     # The reduced axes, of size 1 by now, go or stay as ``shape`` says.
     made = Value(compressed(atoms.reshape(shape)), compressed(constant.reshape(shape)), value.producer, value.why)
     return made if single else (made, *(Value(made.atoms, unknown_constant(shape), why=value.why) for _ in outputs[1:]))
@@ -107,5 +110,5 @@ def pool(ledger: Ledger, node: Node) -> Result:
     atoms = value.atoms
     for d in spatial:
         atoms = atoms.narrow(d, 0, 1)
-    result = Value(atoms.expand(shape), constant.expand(shape), value.producer, value.why)
+    result = Value(atoms.expand(shape), compressed(constant.expand(shape)), value.producer, value.why)
     return result if single else (result, Value(result.atoms, unknown_constant(shape), why=value.why))

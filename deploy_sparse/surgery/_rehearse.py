@@ -20,7 +20,7 @@ from ._scaling import factor, scalable
 from ._skeleton import to_meta, with_tensors
 from ._words import names
 from .parts import Rescale
-from .trace import Traced, arguments, is_pick, layer_of, operation
+from .trace import Traced, is_pick, layer_of, numbers_of, operation
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,10 @@ def rehearse(
         inputs: positional inputs.
         replaced: paths of layers that run other operations than the dense ones.
     """
-    ran, problem = _run(shell, inputs)
+    ran, problem = _run(shell, inputs, ledger.traced)
     extents, rescales = Extents(ledger), list(_roots(ledger, removed))
     factors: dict[int, float] = {}
+    invented = _made_from_nothing(ledger.traced.calls)
     dense = list(_compared(ledger.traced.calls, replaced))
     compact = list(_compared(ran.calls, replaced))
     for position, (expected, found) in enumerate(zip(dense, compact, strict=False)):
@@ -66,7 +67,7 @@ def rehearse(
             return Rehearsal(expected, f"the code runs {found.target} instead")
         if expected not in ledger.values:
             continue
-        for before, after in zip(_numbers(expected), _numbers(found), strict=True):
+        for before, after in zip(numbers_of(expected), numbers_of(found), strict=True):
             if before == after:
                 continue
             by = factor(expected, before, after)
@@ -77,6 +78,8 @@ def rehearse(
             factors[position] = by
         if not _alike(ledger.traced.constants, expected, ran.constants, found):
             return Rehearsal(expected, "it reads a constant that depends on the width")
+        if expected in invented:
+            continue
         for part, (before_, after_) in enumerate(zip(_tensors(expected), _tensors(found), strict=False)):
             single = isinstance(expected.meta["val"], torch.Tensor)
             wanted = extents.shape(expected, None if single else part, removed)
@@ -104,14 +107,14 @@ def rehearse_elsewhere(
         inputs: of the other size.
         replaced: paths of layers that run other operations than the dense ones.
     """
-    ran, problem = _run(shell, inputs)
+    ran, problem = _run(shell, inputs, there)
     named, dense, compact = (
         list(_compared(calls, replaced)) for calls in (ledger.traced.calls, there.calls, ran.calls)
     )
     for position, (here, expected, found) in enumerate(zip(named, dense, compact, strict=False)):
         if expected.target != found.target:
             return Rehearsal(here, f"at another size the code runs {found.target} instead")
-        for before, after in zip(_numbers(expected), _numbers(found), strict=True):
+        for before, after in zip(numbers_of(expected), numbers_of(found), strict=True):
             by = None if before == after else factor(expected, before, after)
             wanted = first.factors.get(position)
             if before != after and (by is None or wanted is None or not math.isclose(by, wanted, rel_tol=1e-12)):
@@ -123,12 +126,21 @@ def rehearse_elsewhere(
     return Rehearsal(None, "")
 
 
-def _run(shell: nn.Module, inputs: tuple[Any, ...]) -> tuple[Recording, str]:
-    """What a copy of the shell ran, and why it stopped."""
+def _made_from_nothing(nodes: Sequence[Node]) -> set[Node]:
+    """Tensors such as ``zeros(y.shape)``: their sizes count where they meet others."""
+    found: set[Node] = set()
+    for node in nodes:
+        if operation(node)[0].startswith("new_") or found.issuperset(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _run(shell: nn.Module, inputs: tuple[Any, ...], like: Traced) -> tuple[Recording, str]:
+    """What a copy of the shell ran, in the way of the dense network's trace, and why it stopped."""
     light = pytree.tree_map(lambda x: to_meta(x) if isinstance(x, torch.Tensor) else x, inputs)
-    network, ran = with_tensors(shell, lambda _, x: x), Recording()
+    network, ran = with_tensors(shell, lambda _, x: x if x.is_meta else x.clone()), Recording()
     try:
-        record(network, light, real_constants=True, origins=False, into=ran)
+        record(network, light, real_constants=like.way == "reckoned", origins=False, into=ran)
     except Exception as error:  # of the network's own code: any class
         return ran, (str(error).strip() or type(error).__name__).splitlines()[0]
     return ran, ""
@@ -162,19 +174,6 @@ _COPIES = names("contiguous clone alias detach")
 def _tensors(node: Node) -> list[torch.Tensor]:
     found = node.meta["val"]
     return [x for x in (found if isinstance(found, list | tuple) else (found,)) if isinstance(x, torch.Tensor)]
-
-
-def _numbers(node: Node) -> Iterator[float]:
-    """What the code reckons with, sizes and positions apart."""
-    given = {} if is_pick(node) else arguments(node)
-    for argument in getattr(node.target, "_schema", _NO_SCHEMA).arguments:
-        value = given.get(argument.name)
-        if isinstance(value, float | int) and not isinstance(value, bool) and "int" not in str(argument.type).lower():
-            yield value
-
-
-class _NO_SCHEMA:
-    arguments = ()
 
 
 def _alike(dense: Mapping[str, torch.Tensor], expected: Node, compact: Mapping[str, torch.Tensor], found: Node) -> bool:

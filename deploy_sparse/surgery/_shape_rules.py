@@ -21,20 +21,26 @@ def identity(ledger: Ledger, node: Node) -> Value:
     """Copies and casts: nothing changes, except that a cast to integers, or one that rounds, hides the constant."""
     value = ledger.value(node.args[0])
     before, after = node.args[0].meta["val"].dtype, node.meta["val"].dtype
-    if after.is_floating_point and before.is_floating_point:
-        rounds = torch.finfo(after).eps > torch.finfo(before).eps
-        known = torch.where(value.constant == 0, value.constant, torch.nan) if rounds else value.constant
-        cause = "would be rounded"
-    elif after.is_floating_point or not before.is_floating_point:
+    if before.is_floating_point and not after.is_floating_point:
+        known = unknown_constant(value.shape)
+        ledger.lose(value.atoms, value.constant, known, f"would be cast to integers by {place(node)}")
+        return Value(value.atoms, known, value.producer, value.why)
+    if not rounds(before, after):
         return value
-    else:
-        known, cause = unknown_constant(value.shape), "would be cast to integers"
-    if known is value.constant:
-        return value
-    ledger.lose(value.atoms, value.constant, known, f"{cause} by {place(node)}")
-    if after.is_floating_point:
-        return replace(value, constant=compressed(known))
-    return Value(value.atoms, known, value.producer, value.why)
+    known = rounded(value.constant)
+    ledger.lose(value.atoms, value.constant, known, f"would be rounded by {place(node)}")
+    return replace(value, constant=compressed(known))
+
+
+def rounds(before: torch.dtype, after: torch.dtype) -> bool:
+    """Whether floating numbers lose digits on the way from one type to the other."""
+    both = before.is_floating_point and after.is_floating_point
+    return both and torch.finfo(after).eps > torch.finfo(before).eps
+
+
+def rounded(constant: torch.Tensor) -> torch.Tensor:
+    """What is known of a constant after rounding, which networks in other precisions do otherwise: only zero stays."""
+    return torch.where(constant == 0, constant, torch.nan)
 
 
 def same_operation(ledger: Ledger, node: Node, constant: torch.Tensor | None = None) -> Result:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._agreement import same_constants, same_operations
 from ._axes import Ledger
 from ._nodes import Node
-from ._values import Value, lean
-from ._words import names
+from ._values import Value, lean, varying
 from .graph import Doubts, analyse, held
-from .trace import Traced, layer_of, operation, place, quick_trace
+from .trace import Traced, layer_of, place, quick_trace
 
 Shapes = tuple[torch.Size, ...]
 _SEED = 20220715
@@ -110,15 +110,16 @@ def analyse_at_any_size(
     for family in families[: 2 if constants and _read_constants(ledger) else 1]:
         setup = None
         for number, others in enumerate(family[failed:], start=failed):
-            if (traced := quick_trace(module, others, tensors, ledger.traced)) is not None:
+            if (traced := quick_trace(module, others, ledger.traced, origins=False)) is not None:
                 setup, failed = Setup(others, traced, None, True), number
                 break
         if setup is None:
             continue
-        alike = _steps(ledger.traced.nodes) == _steps(setup.traced.nodes)
-        if not alike or (constants and not _same_numbers(ledger.traced, setup.traced)):
-            other = analyse(module, setup.inputs, tensors, again=ledger, traced=setup.traced)
-            setup = replace(setup, ledger=other, alike=alike)
+        alike = same_operations(ledger.traced, setup.traced)
+        if not alike or not same_constants(ledger, setup.traced):
+            there = None if alike else quick_trace(module, setup.inputs, ledger.traced, origins=True)
+            other = analyse(module, setup.inputs, tensors, again=ledger, traced=there or setup.traced)
+            setup = replace(setup, traced=other.traced, ledger=other, alike=alike)
             _join(doubts, _doubts(ledger, other))
         setups.append(setup)
     if doubts:
@@ -237,46 +238,6 @@ def _steps(nodes: Sequence[Node]) -> list[tuple[Any, str]]:
     return [(node.target, layer_of(node)) for node in nodes]
 
 
-def _same_numbers(traced: Traced, other: Traced) -> bool:
-    """Whether two traces of the same operations differ in nothing but sizes: no constant can come out otherwise."""
-    for node, counterpart in zip(traced.nodes, other.nodes, strict=True):
-        if not _alike(node.meta.get("val"), counterpart.meta.get("val")):
-            return False
-        if operation(node)[0] not in _RESHAPES and not _equal(
-            (node.args, node.kwargs), (counterpart.args, counterpart.kwargs)
-        ):
-            return False
-    constants = zip(traced.constants.values(), other.constants.values(), strict=False)
-    return len(traced.constants) == len(other.constants) and all(
-        a.shape == b.shape and (a is b or (not a.is_meta and not b.is_meta and torch.equal(a, b))) for a, b in constants
-    )
-
-
-_RESHAPES = names("view reshape expand")
-
-
-def _alike(value: Any, other: Any) -> bool:
-    """Whether ``value`` has no axis of one position, along which anything is constant, that has several elsewhere."""
-    if isinstance(value, torch.Tensor):
-        return value.dim() == other.dim() and all(
-            m == 1 for n, m in zip(value.shape, other.shape, strict=True) if n == 1
-        )
-    if isinstance(value, list | tuple):
-        return len(value) == len(other) and all(map(_alike, value, other))
-    return True
-
-
-def _equal(value: Any, other: Any) -> bool:
-    """Whether arguments are equal, tensors apart."""
-    if isinstance(value, Node):
-        return isinstance(other, Node)
-    if isinstance(value, list | tuple):
-        return len(value) == len(other) and all(map(_equal, value, other))
-    if isinstance(value, dict):
-        return value.keys() == other.keys() and all(_equal(value[key], other[key]) for key in value)
-    return bool(value == other)
-
-
 def _matched(nodes: Sequence[Node], others: Sequence[Node]) -> dict[int, int]:
     """Positions of the operations that happen at both sizes, in the same order."""
     mine, theirs = _steps(nodes), _steps(others)
@@ -287,8 +248,17 @@ def _matched(nodes: Sequence[Node], others: Sequence[Node]) -> dict[int, int]:
 
 
 def _differs(value: Value, other: Value | None) -> torch.Tensor:
+    """Where a constant is not the same at the other size; zero passes where positions of channels do not compare."""
     mine = lean(value.constant)
-    theirs = None if other is None else lean(other.constant)
-    if theirs is None or theirs.shape != mine.shape:
-        return ~mine.isnan() & (mine != 0)
+    nonzero = ~mine.isnan() & (mine != 0)
+    if other is None or other.constant.dim() != mine.dim():
+        return nonzero
+    theirs = lean(other.constant)
+    if theirs.shape != mine.shape:
+        if any(value.shape[d] != other.shape[d] for d in {*varying(value.atoms), *varying(other.atoms)}):
+            return nonzero
+        live = theirs != 0
+        for d in range(mine.dim()):
+            live = live if value.shape[d] == other.shape[d] else live.any(dim=d, keepdim=True)
+        return nonzero | (~mine.isnan() & live)
     return ~mine.isnan() & ~torch.isclose(mine, theirs, rtol=1e-9, atol=0)

@@ -13,6 +13,7 @@ from torch import nn
 Replace = Callable[[str, torch.Tensor], torch.Tensor]
 _PLAIN = frozenset({int, float, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, type})
 _CONTAINERS = frozenset({set, list, dict, OrderedDict})
+_NO_TENSORS = _PLAIN | _CONTAINERS
 _ENTRIES = (type(None), nn.Module, torch.Tensor)
 _COPYING = ("__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__", "__new__")
 
@@ -37,7 +38,7 @@ def with_tensors(
         )
     for tensor in _plain_tensors(parts):
         memo.setdefault(id(tensor), plain(tensor.detach()))  # a tensor with history cannot be copied otherwise
-    if all(_copied_plainly(type(part)) for part in parts):
+    if all(map(_copied_plainly, {type(part) for part in parts})):
         _copy_parts(parts, memo)  # much faster than what follows
     copied = copy.deepcopy(module, memo)
     assert isinstance(copied, nn.Module)
@@ -47,15 +48,15 @@ def with_tensors(
 def parts_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """What :meth:`torch.nn.Module.named_modules` gives, in a fraction of the time."""
     found: dict[int, tuple[str, nn.Module]] = {}
-
-    def enter(path: str, part: nn.Module) -> None:
-        found[id(part)] = path, part
-        for name, child in part._modules.items():
-            if child is not None and id(child) not in found:
-                enter(f"{path}.{name}" if path else name, child)
-
-    enter("", module)
+    _enter("", module, found)  # no closure, which would hold on to the modules
     return list(found.values())
+
+
+def _enter(path: str, part: nn.Module, found: dict[int, tuple[str, nn.Module]]) -> None:
+    found[id(part)] = path, part
+    for name, child in part._modules.items():
+        if child is not None and id(child) not in found:
+            _enter(f"{path}.{name}" if path else name, child, found)
 
 
 def state_of(named: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -65,6 +66,11 @@ def state_of(named: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, torch.Te
             for name, tensor in getattr(part, kind).items():
                 if tensor is not None:
                     yield f"{path}.{name}" if path else name, tensor
+
+
+def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by name, detached; what the module's class says of them does not matter."""
+    return {name: tensor.detach() for name, tensor in state_of(parts_of(module))}
 
 
 def to_meta(tensor: torch.Tensor) -> torch.Tensor:
@@ -102,13 +108,13 @@ def _copy_parts(parts: list[nn.Module], memo: dict[int, Any]) -> None:
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if type(value) is dict and all(isinstance(entry, _ENTRIES) for entry in value.values()):
         return {key: memo.get(id(entry), entry) for key, entry in value.items()}
-    if type(value) is tuple and all(type(entry) in _PLAIN for entry in value):
-        return value
+    if type(value) in (tuple, list) and all(type(entry) in _PLAIN for entry in value):
+        return value if type(value) is tuple else list(value)
     return copy.deepcopy(value, memo)
 
 
 def _plain_tensors(parts: list[nn.Module]) -> Iterator[torch.Tensor]:
     for part in parts:
         for value in vars(part).values():
-            if isinstance(value, torch.Tensor):
+            if type(value) not in _NO_TENSORS and isinstance(value, torch.Tensor):
                 yield value

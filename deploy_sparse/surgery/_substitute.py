@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from .layers import NarrowAttention, unsupported
 
@@ -24,7 +25,7 @@ def with_open_attention(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
 
 
 def put(module: nn.Module, path: str, part: nn.Module) -> None:
-    """Replace the submodule at ``path``, in place; wherever the same module is used it is replaced."""
+    """Replace the submodule at ``path``, in place; wherever a module holds it, plain lists included, it is replaced."""
     old = module.get_submodule(path)
     for name, hooks in vars(old).items():
         if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and "state_dict" not in name:
@@ -33,3 +34,10 @@ def put(module: nn.Module, path: str, part: nn.Module) -> None:
         for name, child in parent._modules.items():
             if child is old:
                 parent._modules[name] = part
+        for name, value in vars(parent).items():
+            if (
+                type(value) in (list, tuple, dict)
+                and name != "_modules"
+                and any(x is old for x in pytree.tree_leaves(value))
+            ):
+                vars(parent)[name] = pytree.tree_map(lambda x: part if x is old else x, value)

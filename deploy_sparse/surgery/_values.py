@@ -107,19 +107,21 @@ class Atoms:
     """Union-find over channels, with the reason for each channel that must stay."""
 
     def __init__(self) -> None:
-        self._parent = np.empty(0, dtype=np.int64)
+        self._parent = np.array([UNTRACKED])  # the last one, which -1 finds, stands for untracked elements
         self._pin = np.empty(0, dtype=np.int64)  # number of the reason, -1 for none
         self._whys: list[str] = []
         self._settled = False
         self.count = 0
+        self.joins = 0  # grows whenever smallest atoms change
 
     def fresh(self, count: int) -> torch.Tensor:
         """``count`` new channels, int64 ``[count]``, ascending."""
         start, self.count = self.count, self.count + count
-        if self.count > len(self._parent):
+        if self.count >= len(self._parent):
             room = max(1024, 2 * self.count)
             parent, pin = np.arange(room, dtype=np.int64), np.full(room, -1, dtype=np.int64)
             parent[:start], pin[:start] = self._parent[:start], self._pin[:start]
+            parent[-1] = UNTRACKED
             self._parent, self._pin = parent, pin
         return torch.arange(start, self.count)
 
@@ -130,8 +132,7 @@ class Atoms:
     def roots(self, atoms: torch.Tensor) -> torch.Tensor:
         """The same tensor with each atom replaced by the smallest one joined with it."""
         small = lean(atoms)
-        flat = small.reshape(-1).numpy()
-        found = np.where(flat < 0, flat, self._roots(np.maximum(flat, 0))) if self.count else flat
+        found = self._roots(small.reshape(-1).numpy())
         return torch.from_numpy(found).reshape(small.shape).expand(atoms.shape)
 
     def unify(self, left: torch.Tensor, right: torch.Tensor, why: str) -> None:
@@ -146,7 +147,8 @@ class Atoms:
             a, b = self._roots(a), self._roots(b)
             apart = a != b
             a, b = a[apart], b[apart]
-            self._settled = False
+            self._settled = self._settled and not len(a)
+            self.joins += len(a)
             np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
 
     def pin(self, atoms: torch.Tensor, why: str) -> None:

@@ -74,9 +74,9 @@ def _names(ledger: Ledger, members: Members) -> list[tuple[str, tuple[str, ...]]
     first: dict[int, tuple[str, int]] = {}
     spans: list[dict[str, None]] = [{} for _ in members.sizes]
     for axis in ledger.axes.values():
-        roots = ledger.atoms.roots(axis.atoms).numpy()
+        roots = ledger.roots_of(axis)
         numbers = members.group[roots[roots >= 0]]
-        for number in np.unique(numbers[numbers >= 0]).tolist():
+        for number in sorted(set(numbers[numbers >= 0].tolist())):
             spans[number].setdefault(axis.name)
             if axis.role == "producer":
                 first.setdefault(number, (axis.name, axis.dim))

@@ -197,7 +197,7 @@ def _cuts(ledger: Ledger, removed: np.ndarray, folds: tuple[Fold, ...]) -> tuple
     """The positions that stay along every tensor axis that loses some, biases that folding creates included."""
     cuts: dict[tuple[str, int], Cut] = {}
     for axis in ledger.axes.values():
-        gone = np.atleast_2d(_gone(ledger, axis.atoms, removed)).min(axis=0)
+        gone = np.atleast_2d(_among(ledger.roots_of(axis), removed)).min(axis=0)
         if gone.any():
             cuts[axis.name, axis.dim] = Cut(axis.name, axis.dim, len(gone), tuple(np.flatnonzero(~gone).tolist()))
     for entry in folds:
@@ -234,6 +234,9 @@ def _statistics(use: NormUse, gone: np.ndarray, alive: np.ndarray) -> tuple[torc
 
 
 def _gone(ledger: Ledger, atoms: torch.Tensor, removed: np.ndarray) -> np.ndarray:
-    roots = ledger.atoms.roots(atoms).numpy()
+    return _among(ledger.atoms.roots(atoms).numpy(), removed)
+
+
+def _among(roots: np.ndarray, removed: np.ndarray) -> np.ndarray:
     gone: np.ndarray = (roots >= 0) & removed[np.maximum(roots, 0)]
     return gone

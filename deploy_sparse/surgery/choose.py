@@ -53,7 +53,7 @@ def choose_alike(ledgers: Sequence[Ledger], multiple: int) -> list[Choice]:
         changed = False
         for each, choice in zip(ledgers, choices, strict=True):
             for key, axis in each.axes.items():
-                roots = each.atoms.roots(axis.atoms)
+                roots = torch.from_numpy(each.roots_of(axis))
                 gone = (roots >= 0) & torch.from_numpy(choice.removed)[roots.clamp(min=0)]
                 back = gone & torch.from_numpy(kept[key]).expand(gone.shape)
                 if axis.atoms.dim() > 1:  # a position stays for the sake of any of its channels
@@ -72,7 +72,7 @@ def _kept(ledger: Ledger, choice: Choice) -> dict[tuple[str, int], np.ndarray]:
     """Which positions of each tensor axis stay."""
     found = {}
     for key, axis in ledger.axes.items():
-        roots = ledger.atoms.roots(axis.atoms).numpy()
+        roots = ledger.roots_of(axis)
         alive = (roots < 0) | ~choice.removed[np.maximum(roots, 0)]
         found[key] = alive.any(axis=0) if alive.ndim > 1 else alive
     return found
@@ -87,7 +87,7 @@ class _Chooser:
         self.state = liveness(ledger)
         self.extents, self.equations = Extents(ledger), equations(ledger)
         self.grids = [ledger.atoms.roots(grid.atoms).numpy() for grid in ledger.grids]
-        self.axes = [ledger.atoms.roots(a.atoms).numpy() for a in ledger.axes.values()]
+        self.axes = [ledger.roots_of(axis) for axis in ledger.axes.values()]
         self.reads = [(r, ledger.atoms.roots(r.atoms).numpy()) for r in ledger.reads if not folds(r) and carries(r)]
         self.fixed_reads = [
             (r, ledger.atoms.roots(r.atoms).numpy(), ledger.atoms.roots(r.rows).numpy())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal, get_args
 
 import torch
 from safetensors.torch import load as tensors_from_bytes
@@ -16,18 +17,21 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .. import artifact
-from ..errors import ExportError, SurgeryError
+from ..errors import ExportError, SurgeryError, nearest
 from ..ticket import Ticket
 from ..ties import retied, tie_, ties, untied
 from ._skeleton import to_meta, with_tensors
 from .graph import Inputs
+from .inputs import checked_inputs, kind_of
 from .narrow import narrowed
 from .notes import readable
-from .plan import REMAKE, Norms, Shortcuts, SurgeryPlan, decide
+from .pack import shells_, with_packed_layers
+from .plan import REMAKE, Norms, Shortcuts, SurgeryPlan, decide, uncut
 from .program import FILE as PROGRAM
 from .program import program_bytes
 from .verify import Parity, verify
 
+Format = Literal["dense", "channels", "packed"]
 _PAYLOAD = "compact.safetensors"
 _SEED = 20220714
 
@@ -45,6 +49,10 @@ class Compact:
     module: nn.Module
     plan: SurgeryPlan
     example_inputs: tuple[torch.Tensor, ...] = field(repr=False)
+    _verified: str = field(init=False, repr=False, compare=False)  # of the weights that the parity is of
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_verified", _fingerprint(self.module))
 
     @property
     def parity(self) -> Parity:
@@ -63,7 +71,8 @@ class Compact:
 
         Written are the plan as ``plan.json``, the weights as ``compact.safetensors``, and the whole network as
         ``compact.pt2``, which :func:`~.program.load_program` loads without the factory. Where ``torch.export`` does
-        not take the network, the last is left out, and the plan's entry ``"program"`` says why.
+        not take the network, the last is left out, and the plan's entry ``"program"`` says why. Of weights that were
+        changed since they were verified, as by training, the plan tells no parity, and its notes say so.
 
         Args:
             folder: where to.
@@ -76,7 +85,10 @@ class Compact:
         aliases = ties(state)
         stored = untied(state, aliases)
         tensors = {name: t.detach().cpu().contiguous() for name, t in stored.items()}
-        payload, body = {_PAYLOAD: bytes_from_tensors(tensors)}, self.plan.to_json() | {"ties": aliases}
+        plan = self.plan
+        if _fingerprint(self.module) != self._verified:
+            plan = replace(plan, parity=None, unverified=_CHANGED)
+        payload, body = {_PAYLOAD: bytes_from_tensors(tensors)}, plan.to_json() | {"ties": aliases}
         if inner := [name for name, t in stored.items() if _channels_innermost(t)]:
             body["channels_last"] = inner
         if program:
@@ -87,11 +99,28 @@ class Compact:
         return artifact.write_artifact(Path(folder), "plan", payload, body).folder
 
 
+_CHANGED = "not compared with the ticket's network: the weights were changed after the comparison, as by training"
+
+
+def _fingerprint(module: nn.Module) -> str:
+    """A digest of the state dict: names, types, shapes, numbers, and which names are one tensor."""
+    state = module.state_dict()
+    aliases = ties(state)
+    digest = hashlib.sha256(repr(aliases).encode())
+    for name, tensor in untied(state, aliases).items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if not tensor.is_meta:
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def compact(
     ticket: Ticket,
     factory: Callable[[], nn.Module],
     example_inputs: Inputs | None = None,
     *,
+    format: Format = "channels",
+    layers: Collection[str] | None = None,
     multiple: int = 1,
     norms: Norms = "exact",
     shortcuts: Shortcuts = "union",
@@ -103,21 +132,29 @@ def compact(
         factory: makes the dense architecture; its weights do not matter.
         example_inputs: one tensor with a batch axis, or the tuple of positional inputs; real data makes the proof
             stronger. By default two seeded random samples of ``ticket.model.input_shape``.
+        format: ``"channels"``: cut. ``"packed"``: and run the layers that are left with masks of blocks as blocks, see
+            :mod:`.pack`. ``"dense"``: leave the masked network as it is.
+        layers: paths of the layers to pack; all that can be by default.
         multiple: round each group's kept width up to this multiple, never above its dense size.
         norms: whether channels that a norm counts may go, see :func:`~.plan.plan_from_ticket`.
         shortcuts: what layers write whose masks disagree, see there.
 
     Raises:
         TicketError: the ticket is invalid or for another architecture.
-        SurgeryError: inputs that the network does not take; a network that cannot be traced or narrowed; or the result
-            is not the same function.
+        SurgeryError: inputs that the network does not take; a network that cannot be traced or narrowed; an unknown
+            format, or layers that cannot be packed; or the result is not the same function.
     """
+    _refuse_format(format, layers)
     module = _dense(factory)
     inputs = checked_inputs(_default_inputs(ticket) if example_inputs is None else example_inputs, module)
     if _derives_when_loaded(module):
         module = _with_views(copy.deepcopy(module), module)
         module.load_state_dict(ticket.validate(module).masked_weights())
     decision = decide(ticket, module, inputs, multiple=multiple, norms=norms, shortcuts=shortcuts)
+    if format == "packed":
+        decision = with_packed_layers(decision, ticket.masks, inputs, layers)
+    elif format == "dense":
+        decision = uncut(decision, ticket)
     parity = verify(decision.dense, decision.compact, inputs, exact=decision.exact)
     return Compact(decision.compact, replace(decision.plan, ticket=ticket.hash, parity=parity), inputs)
 
@@ -141,9 +178,15 @@ def load_compact(folder: str | Path, factory: Callable[[], nn.Module]) -> nn.Mod
     tensors = retied(stored, aliases)
     dense = _skeleton(factory)
     shell = narrowed(with_tensors(dense, lambda _, x: to_meta(x)), plan.shape)
+    narrow = {name: x for name, x in shell.state_dict().items() if name.rpartition(".")[0] in plan.shape.packed}
+    shells_(shell, plan.shape.packs)
     _refuse_other_architecture(shell.state_dict(), tensors, plan)
     # Parameters that the network also keeps in lists are the same ones there.
-    module = narrowed(dense, plan.shape, lambda name, own: tensors.get(name, own))
+    module = narrowed(dense, plan.shape, lambda name, own: narrow.get(name, tensors.get(name, own)))
+    shells_(module, plan.shape.packs)
+    for path in plan.shape.packed:
+        layer = module.get_submodule(path)
+        layer.load_state_dict({name: tensors[f"{path}.{name}"] for name in layer.state_dict()}, assign=True)
     tie_(module, aliases)
     return module.eval()
 
@@ -204,9 +247,25 @@ def _holds_a_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
 
 
+def _refuse_format(format: str, layers: Collection[str] | None) -> None:
+    if format not in get_args(Format):
+        known = get_args(Format)
+        raise SurgeryError(
+            f"format={format!r}",
+            expected=f"one of {', '.join(known)}",
+            fix=f"{nearest(str(format), known)}choose one of them",
+        )
+    if layers is not None and format != "packed":
+        raise SurgeryError(
+            f"layers to pack in the format {format!r}",
+            expected="layers in the format 'packed' only",
+            fix="leave them out, or use format='packed'",
+        )
+
+
 def _refuse_no_factory(factory: object) -> None:
     if isinstance(factory, nn.Module) or not callable(factory):
-        raise _no_factory(f"{'an instance of ' if isinstance(factory, nn.Module) else ''}{_kind(factory)}")
+        raise _no_factory(f"{'an instance of ' if isinstance(factory, nn.Module) else ''}{kind_of(factory)}")
     try:
         inspect.signature(factory).bind()
     except TypeError:
@@ -217,12 +276,8 @@ def _refuse_no_factory(factory: object) -> None:
 
 def _module(made: object) -> nn.Module:
     if not isinstance(made, nn.Module):
-        raise _no_factory(f"one that returns {_kind(made)}")
+        raise _no_factory(f"one that returns {kind_of(made)}")
     return made
-
-
-def _kind(value: object) -> str:
-    return "None" if value is None else type(value).__name__
 
 
 def _no_factory(given: str) -> SurgeryError:
@@ -246,56 +301,6 @@ def _channels_innermost(tensor: torch.Tensor) -> bool:
 
 def _with_channels_innermost(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, memory_format=_LAYOUTS[tensor.dim()]).copy_(tensor)
-
-
-def checked_inputs(example_inputs: Any, module: nn.Module) -> tuple[Any, ...]:
-    """Positional inputs as a tuple, refused where ``module`` cannot run on them whatever its weights.
-
-    Raises:
-        SurgeryError: neither a tensor nor a tuple of inputs, an empty batch, or other arguments than
-            ``forward()`` takes.
-    """
-    if not isinstance(example_inputs, torch.Tensor | tuple | list):
-        named = isinstance(example_inputs, Mapping)
-        raise SurgeryError(
-            f"example_inputs is {_kind(example_inputs)}" if not named else "example_inputs is a dict",
-            expected="one tensor with a batch axis, or the tuple of positional inputs",
-            fix=f"{_BY_POSITION}; a forward that takes a dict gets ({{…}},)"
-            if named
-            else "pass tensors, for example torch.as_tensor(array)",
-        )
-    inputs = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
-    tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
-    if tensors and tensors[0].dim() and not len(tensors[0]):
-        raise SurgeryError(
-            f"the example inputs are a batch of 0 samples, of shape {list(tensors[0].shape)}",
-            expected="at least one sample; the batch axis is the first",
-            fix="pass two samples or more",
-        )
-    _refuse_other_arguments(module, inputs)
-    return inputs
-
-
-_BY_POSITION = "give every argument of forward() by position, in a tuple, and wrap a network with keyword-only ones"
-
-
-def _refuse_other_arguments(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    if module._forward_pre_hooks:
-        return  # they may add arguments
-    try:
-        signature = inspect.signature(module.forward)
-    except (TypeError, ValueError):
-        return  # compiled, without a signature to look at
-    try:
-        signature.bind(*inputs)
-    except TypeError as problem:
-        tensors = [list(x.shape) for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
-        shapes = " and ".join(map(str, tensors)) or "no tensor"
-        raise SurgeryError(
-            f"{_kind(module)} does not accept these inputs ({shapes}): {problem}",
-            expected=f"inputs for forward{signature}",
-            fix=_BY_POSITION,
-        ) from None
 
 
 def _default_inputs(ticket: Ticket) -> torch.Tensor:

@@ -15,12 +15,13 @@ from ..structure import ChannelGroup, Producer, Slice
 from . import _flow_rules, _layer_rules, _norm_rules, _product_rules
 from ._axes import Axis, Grid, Ledger, NormUse
 from ._equations import equations
-from ._memory import overwrite
-from ._nodes import Node
+from ._memory import memories, overwrite
+from ._nodes import Node, overwritten
 from ._scaling import fix_unscalable
-from ._skeleton import to_meta, with_tensors
+from ._skeleton import own_tensors, to_meta, with_tensors
 from ._substitute import with_open_attention
 from ._values import Atoms, Value, compressed, lean, untracked, varying
+from .inputs import checked_inputs
 from .trace import Traced, is_pick, place, trace
 
 Inputs = torch.Tensor | tuple[Any, ...]
@@ -45,13 +46,13 @@ def channel_groups(
             place that keeps the dense network's statistics.
 
     Raises:
-        SurgeryError: the network cannot be traced.
+        SurgeryError: inputs that the network does not take, or a network that cannot be traced.
     """
     if unit not in get_args(Unit):
         raise SurgeryError(f"unit={unit!r}", expected=f"one of {', '.join(get_args(Unit))}", fix="choose one of them")
+    inputs = checked_inputs(example_inputs, module)
     shell = with_open_attention(with_tensors(module, lambda _, x: to_meta(x)))[0]
-    state = {name: x.detach() for name, x in (*module.named_parameters(), *module.named_buffers())}
-    ledger = analyse(shell, as_tuple(example_inputs), state)
+    ledger = analyse(shell, inputs, own_tensors(module))
     for use in ledger.norms:
         if use.module is None or not norms:
             ledger.atoms.pin(use.atoms, use.fixed or f"{use.place} is to keep its width")
@@ -87,22 +88,24 @@ def analyse(
         again: an earlier analysis of the same weights, so that they need not be looked at again.
         traced: the trace, where it is known already.
     """
-    traced = traced or trace(module, inputs, tensors)
+    traced, doubts = traced or trace(module, inputs, tensors), doubts or {}
     ledger = Ledger(traced, module, usage={} if again is None else again.usage)
     last_use = {source: position for position, node in enumerate(traced.nodes) for source in node.all_input_nodes}
     for position, node in enumerate(traced.nodes):
         if node.op == "call_function":
             ledger.values[node] = _apply(ledger, node)
-            if doubts and position in doubts:
+            if position in doubts:
                 _doubt(ledger, node, *doubts[position])
             overwrite(ledger, node, position, last_use)
+            for earlier in _written_over(traced, position, doubts):
+                _doubt(ledger, traced.nodes[earlier], *doubts[earlier])
         elif node.op == "output":
             for source in node.all_input_nodes:
                 for value in held(ledger, source):
                     ledger.pin(value, NETWORK_OUTPUT)
     fix_unscalable(ledger)
     _agree_on_constants(ledger)
-    for name, why in ledger.reshaped_state.items():
+    for name, why in {**ledger.reshaped_state, **traced.written}.items():
         for axis in [a for a in ledger.axes.values() if a.name == name]:
             ledger.atoms.pin(axis.atoms, why)
     ledger.atoms.settle()
@@ -127,8 +130,8 @@ def groups_of(ledger: Ledger) -> tuple[ChannelGroup, ...]:
     members = memberships(ledger)
     slices: list[list[tuple[Axis, Slice]]] = [[] for _ in members.sizes]
     for axis in ledger.axes.values():
-        atoms = axis.atoms if axis.atoms.dim() == 1 else axis.atoms[0]
-        roots = ledger.atoms.roots(atoms).numpy()
+        roots = ledger.roots_of(axis)
+        roots = roots if roots.ndim == 1 else roots[0]
         numbers = np.where(roots < 0, -1, members.group[np.maximum(roots, 0)])
         for number in np.unique(numbers[numbers >= 0]).tolist():
             channels = np.where(numbers == number, members.channel[np.maximum(roots, 0)], -1)
@@ -190,20 +193,17 @@ def memberships(ledger: Ledger) -> Members:
     """The groups in the order of their first producers."""
     together = Atoms()
     together.fresh(ledger.atoms.count)
-    firsts: list[int] = []
-    for axis in ledger.axes.values():
-        if axis.role == "producer":
-            roots = ledger.atoms.roots(axis.atoms).reshape(-1)
-            together.unify(roots[:1], roots, "")
-            firsts.append(int(roots[0]))
-    numbers = {head: number for number, head in enumerate(dict.fromkeys(map(together.find, firsts)))}
+    written = [ledger.roots_of(a).reshape(-1) for a in ledger.axes.values() if a.role == "producer"]
+    for roots in map(torch.from_numpy, written):
+        together.unify(roots[:1], roots, "")
+    firsts = [together.find(roots[0]) for roots in written]
+    numbers = {head: number for number, head in enumerate(dict.fromkeys(firsts))}
     group = np.full(ledger.atoms.count, -1)
     channel = np.zeros(ledger.atoms.count, dtype=np.int64)
-    written = [ledger.atoms.roots(a.atoms).reshape(-1) for a in ledger.axes.values() if a.role == "producer"]
     if written:
-        roots = torch.unique(torch.cat(written))  # ascending
-        heads = together.roots(roots).tolist()
-        group[roots.numpy()] = [numbers[head] for head in heads]
+        every = np.unique(np.concatenate(written))  # ascending
+        heads = together.roots(torch.from_numpy(every)).tolist()
+        group[every] = [numbers[head] for head in heads]
     sizes = []
     for number in range(len(numbers)):
         own = np.flatnonzero(group == number)
@@ -222,6 +222,8 @@ def _group(size: int, parts: list[tuple[Axis, Slice]], pinned: str | None) -> Ch
         producers.append(Producer(rows, biases[0] if biases else None, of("norm", rows.name)))
     owned = {rows.name for rows in of("producer")}
     strays = tuple(s for axis, s in parts if axis.role == "norm" and axis.producer not in owned)
+    # Layers that share a weight have a bias each.
+    strays += tuple(s for name in sorted(owned) for s in of("bias", name)[1:])
     return ChannelGroup(
         name=producers[0].weight.name,
         size=size,
@@ -251,6 +253,8 @@ def _apply(ledger: Ledger, node: Node) -> Value | tuple[Value, ...]:
         source, index = node.args
         found = ledger.values[source]
         return found[index] if isinstance(found, tuple) else found
+    if any(_is_empty(each.meta["val"]) for each in (node, *node.all_input_nodes)):
+        return _give_up(ledger, node, f"no elements in a tensor at {place(node)}")
     for rules in (_layer_rules, _norm_rules):
         layer = rules.rule_for(node)
         if layer is not None:
@@ -260,6 +264,12 @@ def _apply(ledger: Ledger, node: Node) -> Value | tuple[Value, ...]:
     return flow(ledger, node) if flow is not None else _give_up(ledger, node, f"unknown operation {place(node)}")
 
 
+def _is_empty(found: Any) -> bool:
+    if isinstance(found, list | tuple):
+        return any(map(_is_empty, found))
+    return isinstance(found, torch.Tensor) and found.numel() == 0
+
+
 def _doubt(ledger: Ledger, node: Node, cause: str, masks: tuple[torch.Tensor, ...]) -> None:
     doubted = []
     for value, mask in zip(held(ledger, node), masks, strict=True):
@@ -267,6 +277,13 @@ def _doubt(ledger: Ledger, node: Node, cause: str, masks: tuple[torch.Tensor, ..
         ledger.lose(value.atoms, value.constant, constant, cause)
         doubted.append(replace(value, constant=constant))
     ledger.values[node] = tuple(doubted) if isinstance(ledger.values[node], tuple) else doubted[0]
+
+
+def _written_over(traced: Traced, position: int, doubts: Doubts) -> list[int]:
+    """The doubted results that the operation at ``position`` writes into: what they hold from then on is in doubt."""
+    targets = overwritten(traced.nodes[position]) if doubts else ()
+    touched = {memory for target in targets for memory in memories(target)}
+    return [at for at in doubts if at < position and touched & memories(traced.nodes[at])] if touched else []
 
 
 def _give_up(ledger: Ledger, node: Node, why: str) -> Value | tuple[Value, ...]:

@@ -46,11 +46,10 @@ def liveness(ledger: Ledger) -> Liveness:
         changed = int(needed.sum()) > before
     leaks: dict[int, Leak] = {}
     readers: dict[int, str] = {}
-    for step in steps:
+    for step in sorted(steps, key=lambda step: isinstance(step, _MixingStep)):  # layers say more
         if isinstance(step, _ReadStep):
             step.note_leaks_(needed, leaks)
-        if not isinstance(step, _MixingStep):
-            step.note_readers_(needed, readers)
+        step.note_readers_(needed, readers)
     leaks = {root: leak for root, leak in leaks.items() if not needed[root]}
     return Liveness(needed, leaks | _lost(ledger, needed, readers))
 
@@ -98,7 +97,7 @@ class _ReadStep:
     def note_readers_(self, needed: Bools, readers: dict[int, str]) -> None:
         reads = self.wanted(needed) & ~self.constant & ~self.uneven & (self.columns >= 0)
         for root in self.columns[reads].tolist():
-            readers.setdefault(root, self.read.layer)
+            readers.setdefault(root, f"is no longer known before layer {self.read.layer!r}")
 
     def note_leaks_(self, needed: Bools, leaks: dict[int, Leak]) -> None:
         read = self.read
@@ -115,10 +114,19 @@ class _MixingStep:
         source, target, harmless = torch.broadcast_tensors(source, target, harmless)  # type: ignore[no-untyped-call]
         self.source, self.target = source.reshape(-1).numpy(), target.reshape(-1).numpy()
         self.counts = ~harmless.reshape(-1).numpy() & (self.source >= 0)
+        self.place = mixing.place
+
+    def wanted(self, needed: Bools) -> Bools:
+        """Channels that count in what is needed."""
+        wanted: Bools = self.source[self.counts & ((self.target < 0) | needed[np.maximum(self.target, 0)])]
+        return wanted
 
     def spread_(self, needed: Bools) -> None:
-        wanted = self.counts & ((self.target < 0) | needed[np.maximum(self.target, 0)])
-        needed[self.source[wanted]] = True
+        needed[self.wanted(needed)] = True
+
+    def note_readers_(self, needed: Bools, readers: dict[int, str]) -> None:
+        for root in np.unique(self.wanted(needed)).tolist():
+            readers.setdefault(root, f"counts in {self.place}")
 
 
 class _NormStep:
@@ -134,7 +142,7 @@ class _NormStep:
     def note_readers_(self, needed: Bools, readers: dict[int, str]) -> None:
         for root in self.atoms[self.varies].tolist():
             if needed[root]:
-                readers.setdefault(root, self.layer)
+                readers.setdefault(root, f"is no longer known before layer {self.layer!r}")
 
 
 def _step(ledger: Ledger, use: Read | Mixing | NormUse) -> _ReadStep | _MixingStep | _NormStep:
@@ -144,20 +152,24 @@ def _step(ledger: Ledger, use: Read | Mixing | NormUse) -> _ReadStep | _MixingSt
 
 
 def _lost(ledger: Ledger, needed: Bools, readers: Mapping[int, str]) -> dict[int, Leak]:
-    """Needed channels into which some layer writes a constant that turns into something unknown on its way."""
+    """Needed channels into which some layer writes a constant that turns into something unknown on its way.
+
+    ``readers`` says by channel where that matters first.
+    """
     some, others = np.zeros_like(needed), np.zeros_like(needed)  # constant rows write the channel, and others
     for rows, known in ledger.written:
         roots, is_known = ledger.atoms.roots(rows).numpy(), known.numpy()
         some[roots[is_known]] = others[roots[~is_known]] = True
     reasons: dict[int, Leak] = {}
-    for atom, leak in ledger.lost.items():
-        reasons.setdefault(ledger.atoms.find(atom), leak)
+    places = ledger.atoms.roots(torch.tensor(list(ledger.lost), dtype=torch.int64)).tolist()
+    for root, leak in zip(places, ledger.lost.values(), strict=True):
+        reasons.setdefault(root, leak)
     lost: dict[int, Leak] = {}
-    for root, layer in readers.items():
+    for root, cause in readers.items():
         if root in reasons and some[root]:
             lost[root] = reasons[root]
         elif some[root] and not others[root]:
-            lost[root] = Leak(f"is no longer known before layer {layer!r}", float("nan"))
+            lost[root] = Leak(cause, float("nan"))
     return lost
 
 

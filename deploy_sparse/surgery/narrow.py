@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import SurgeryError
-from ._skeleton import Replace, with_tensors
+from ._skeleton import Replace, parts_of, state_of, with_tensors
 from ._substitute import put
 from .layers import KeptStatisticsNorm, NarrowAttention, spread
 from .parts import Attribute, Blueprint, Cut, Fold, KeptNorm
@@ -54,12 +54,16 @@ def narrowed(module: nn.Module, shape: Blueprint, values: Replace | None = None)
     return made
 
 
-def pick(tensor: torch.Tensor, cuts: Iterable[Cut]) -> torch.Tensor:
+def pick(tensor: torch.Tensor, cuts: Collection[Cut]) -> torch.Tensor:
     """The positions of ``tensor`` that stay, in memory laid out like the dense tensor's."""
+    sizes = {cut.dim: len(cut.kept) for cut in cuts}
     smaller = tensor
-    for cut in cuts:
-        kept = torch.tensor(cut.kept, dtype=torch.int64, device=tensor.device)
-        smaller = smaller.index_select(cut.dim, kept)
+    if tensor.is_meta and sizes:
+        smaller = tensor.new_empty([sizes.get(dim, n) for dim, n in enumerate(tensor.shape)])
+    else:
+        for cut in cuts:
+            kept = torch.tensor(cut.kept, dtype=torch.int64, device=tensor.device)
+            smaller = smaller.index_select(cut.dim, kept)
     for rank, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if tensor.dim() == rank and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=layout):
             smaller = smaller.contiguous(memory_format=layout)
@@ -114,9 +118,12 @@ def _set_(module: nn.Module, attribute: Attribute) -> None:
 
 
 def _refuse_other(module: nn.Module, cuts: Iterable[Cut], folds: Iterable[Fold]) -> None:
+    tensors = dict(state_of(parts_of(module)))
     for cut in cuts:
-        owner, attribute = _owner(module, cut.name)
-        tensor = getattr(owner, attribute, None)
+        tensor = tensors.get(cut.name)
+        if tensor is None:
+            owner, attribute = _owner(module, cut.name)
+            tensor = getattr(owner, attribute, None)
         if not isinstance(tensor, torch.Tensor) or tensor.dim() <= cut.dim or tensor.shape[cut.dim] != cut.size:
             found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else "no such tensor"
             raise _other(f"cuts {cut.name!r} along axis {cut.dim} of size {cut.size}", f"the network has {found}")

@@ -25,11 +25,22 @@ _SHAPE = re.compile(r"\[[\d, ]*\]")
 
 
 def notes_of(plan: SurgeryPlan) -> list[str]:
-    """Why nothing went, where nothing did; cost; what stays and why; constants that biases took up; what is left.
+    """Why nothing went, where nothing did; cost; what stays and why; constants that biases took up; what is left;
+    why there is no parity, where a saved network has none.
 
     Of a kind with more than ``LISTED`` lines those of one cause share a line.
     """
-    return [*_nothing(plan), *_costs(plan), *_stays(plan), *_folds(plan), *_filling(plan)]
+    said = [plan.unverified] if plan.unverified else []
+    return [
+        *plan.choice,
+        *_nothing(plan),
+        *_costs(plan),
+        *_stays(plan),
+        *_folds(plan),
+        *_packs(plan),
+        *_filling(plan),
+        *said,
+    ]
 
 
 def readable(count: int) -> str:
@@ -41,7 +52,7 @@ def readable(count: int) -> str:
 
 
 def _nothing(plan: SurgeryPlan) -> list[str]:
-    if plan.cuts:
+    if plan.cuts or plan.shape.packs or plan.choice:
         return []
     emptied = any(stay.kind not in ("pinned", "shared") for group in plan.groups for stay in group.stays)
     if emptied:
@@ -158,9 +169,38 @@ def _folds(plan: SurgeryPlan) -> list[str]:
     ]
 
 
+def _packs(plan: SurgeryPlan) -> list[str]:
+    """How many layers run as blocks, and before or after which of them channels are looked up."""
+    packs = plan.shape.packs
+    if not packs:
+        return []
+    forms: dict[str, int] = {}
+    for pack in packs:
+        forms[pack.packing.form] = forms.get(pack.packing.form, 0) + 1
+    kinds = ", ".join(f"{count} {form}" for form, count in forms.items())
+    before = [pack.module for pack in packs if pack.packing.gathers]
+    after = [pack.module for pack in packs if pack.packing.restores]
+    norms = {entry.module for entry in plan.shape.spreads} & {
+        order.name.rpartition(".")[0] for order in plan.shape.orders
+    }
+    looked = [
+        f"{len(places)} look{'s' if len(places) == 1 else ''} channels up {where} ({_first(places)})"
+        for where, places in (("before", before), ("after", after), ("after their norm", sorted(norms)))
+        if places
+    ]
+    return [f"{len(packs)} layer{'s' * (len(packs) > 1)} of blocks: {kinds}; {', '.join(looked) or 'no look-up'}"]
+
+
+def _first(names: Sequence[str]) -> str:
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
 def _filling(plan: SurgeryPlan) -> list[str]:
     """The notes on partly filled weights: one each for a few layers, one for all of them otherwise."""
-    shares = plan.partly_filled
+    shares = {
+        name: share for name, share in plan.partly_filled.items() if name.rpartition(".")[0] not in plan.shape.packed
+    }
     left = {layer.name: math.prod(layer.compact) for layer in plan.layers if layer.name in shares}
     if len(left) <= LISTED:
         return [f"{name}: {share:.1%} of the weights left are unmasked" for name, share in shares.items()]

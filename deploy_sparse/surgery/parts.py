@@ -1,38 +1,12 @@
-"""The small values a surgery plan consists of, and how positions along an axis are written in JSON."""
+"""The small values a surgery plan consists of."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, PlainSerializer
-
-
-def ranges(positions: Iterable[int]) -> str:
-    """Ascending positions as text: ``(0, 1, 2, 5)`` is ``"0-2,5"``."""
-    runs: list[list[int]] = []
-    for position in positions:
-        if runs and position == runs[-1][1] + 1:
-            runs[-1][1] = position
-        else:
-            runs.append([position, position])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def positions(text: object) -> object:
-    """The positions a text of :func:`ranges` stands for; anything else is returned for the validator to refuse."""
-    if not isinstance(text, str):
-        return text
-    found: list[int] = []
-    for run in filter(None, text.split(",")):
-        first, _, last = run.partition("-")
-        found.extend(range(int(first), int(last or first) + 1))
-    return tuple(found)
-
-
-Positions = Annotated[tuple[int, ...], BeforeValidator(positions), PlainSerializer(ranges, return_type=str)]
-"""Ascending positions along an axis; in JSON a short text like ``"0-15,18"``."""
+from ._positions import Positions
+from .packing import Packing
 
 
 @dataclass(frozen=True)
@@ -191,6 +165,34 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Order:
+    """The positions along one axis of one tensor in a new order.
+
+    Attributes:
+        name: of the tensor.
+        dim: the axis.
+        positions: for each new position the one before, in the network with the cuts made.
+    """
+
+    name: str
+    dim: int
+    positions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A layer that runs as dense blocks.
+
+    Attributes:
+        module: path of the layer.
+        packing: its blocks, in the narrowed and renumbered network.
+    """
+
+    module: str
+    packing: Packing
+
+
+@dataclass(frozen=True)
 class Blueprint:
     """Everything that changes the shape of a network, without weights.
 
@@ -201,6 +203,8 @@ class Blueprint:
         norms: norms replaced by ones that keep the dense statistics.
         spreads: layers that compute rows of zeros once for all channels of a shortcut that need one.
         attention: paths of ``nn.MultiheadAttention`` replaced by one without fixed sizes.
+        orders: channels renumbered for packed layers, after the cuts.
+        packs: layers that run as dense blocks.
     """
 
     cuts: tuple[Cut, ...]
@@ -209,3 +213,13 @@ class Blueprint:
     norms: tuple[KeptNorm, ...] = ()
     attention: tuple[str, ...] = ()
     spreads: tuple[Spread, ...] = ()
+    orders: tuple[Order, ...] = ()
+    packs: tuple[Pack, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Blueprint({', '.join(f'{name}: {len(parts)}' for name, parts in vars(self).items() if parts)})"
+
+    @property
+    def packed(self) -> frozenset[str]:
+        """Paths of the packed layers."""
+        return frozenset(pack.module for pack in self.packs)

@@ -20,12 +20,13 @@ from ..ticket import ModelRef, Ticket
 from ..ties import ties
 from ._nodes import Node
 from ._sizes import analyse_at_any_size
-from ._skeleton import to_meta, with_tensors
+from ._skeleton import own_tensors, to_meta, with_tensors
 from ._substitute import with_open_attention
 from .cost import Cost, cost_of, cost_of_trace
 from .graph import Inputs, as_tuple
+from .inputs import checked_inputs
 from .narrow import narrowed
-from .notes import notes_of
+from .notes import notes_of, readable
 from .parts import Blueprint, Carry, Cut, Fold, GroupPlan, Layer, Rescale
 from .settle import Settler
 from .verify import Parity
@@ -53,6 +54,8 @@ class SurgeryPlan:
         cost_before: cost of the dense network.
         cost_after: cost of the compact network.
         parity: compact against masked dense network, None until measured.
+        unverified: why a saved compact network has no parity.
+        choice: what was timed and chosen, in lines; or why nothing is cut or packed, where that was asked for.
     """
 
     model: ModelRef
@@ -68,6 +71,17 @@ class SurgeryPlan:
     cost_before: Cost
     cost_after: Cost
     parity: Parity | None = None
+    unverified: str = ""
+    choice: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        before, after = self.cost_before, self.cost_after
+        narrower = sum(len(group.kept) < group.size for group in self.groups)
+        return (
+            f"SurgeryPlan({self.model.name}, {narrower} of {len(self.groups)} channel groups narrower, "
+            f"{readable(before.parameters)} → {readable(after.parameters)} parameters, "
+            f"{readable(before.macs)} → {readable(after.macs)} MACs)"
+        )
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
@@ -189,9 +203,11 @@ def plan_from_ticket(
 
     Raises:
         TicketError: the ticket is invalid or does not fit the module.
-        SurgeryError: ``multiple`` below 1, a network that cannot be traced, or one that does not run when narrowed.
+        SurgeryError: ``multiple`` below 1, inputs that the network does not take, a network that cannot be traced, or
+            one that does not run when narrowed.
     """
-    plan = decide(ticket, module, example_inputs, multiple=multiple, norms=norms, shortcuts=shortcuts).plan
+    inputs = checked_inputs(example_inputs, module)
+    plan = decide(ticket, module, inputs, multiple=multiple, norms=norms, shortcuts=shortcuts).plan
     return replace(plan, ticket=ticket.hash)
 
 
@@ -235,7 +251,7 @@ def _decide(
     shell, attention = plain, tuple[str, ...]()
     if any(isinstance(part, nn.MultiheadAttention) for part in plain.modules()):
         shell, attention = with_open_attention(with_tensors(plain, lambda _, x: x))
-    tensors = {name: weights.get(name, x.detach()) for name, x in (*module.named_parameters(), *module.named_buffers())}
+    tensors = {name: weights.get(name, x) for name, x in own_tensors(module).items()}
     seen = {name: _started(x, ticket.masks.get(name)) for name, x in tensors.items()}
     ledger, setups = analyse_at_any_size(shell, inputs, seen)
     for each in (ledger, *(setup.ledger for setup in setups if setup.ledger is not None)):
@@ -258,7 +274,8 @@ def _decide(
         cost_before=_cost(ledger.traced.calls, plain, inputs),
         cost_after=_cost(settled.calls, settled.shell, inputs),
     )
-    dense = with_tensors(module, lambda name, x: tensors[name]).eval()
+    written = ledger.traced.written  # the ticket's own are not to change
+    dense = with_tensors(module, lambda name, _: tensors[name].clone() if name in written else tensors[name]).eval()
     compact = narrowed(module, made.shape, made.tensor).eval()
     if ledger.traced.real:  # the shell did not run
         plan = replace(plan, cost_after=cost_of(compact, inputs)[0])
@@ -268,6 +285,24 @@ def _decide(
     return Decision(plan, dense, compact, exact)
 
 
+def uncut(decision: Decision, ticket: Ticket) -> Decision:
+    """The masked dense network as it is, with a plan that changes nothing."""
+    before = decision.plan
+    plan = replace(
+        before,
+        multiple=1,
+        groups=tuple(replace(group, kept=tuple(range(group.size)), stays=()) for group in before.groups),
+        shape=Blueprint(()),
+        carries=(),
+        rescales=(),
+        partly_filled=_partly_filled(ticket, ()),
+        layers=tuple(replace(layer, compact=layer.dense) for layer in before.layers),
+        cost_after=before.cost_before,
+        choice=("dense: the masked network as it is",),
+    )
+    return Decision(plan, decision.dense, with_tensors(decision.dense, lambda _, x: x.clone()).eval(), None)
+
+
 def _cost(calls: tuple[Node, ...], module: nn.Module, inputs: tuple[Any, ...]) -> Cost:
     batch = next((x.shape[0] for x in inputs if isinstance(x, torch.Tensor) and x.dim()), 1)
     return cost_of_trace(calls, sum(p.numel() for p in module.parameters()), batch)
@@ -275,7 +310,9 @@ def _cost(calls: tuple[Node, ...], module: nn.Module, inputs: tuple[Any, ...]) -
 
 def _started(weight: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """A weight of nothing but zeros is a start, as of positions and residual branches: what no mask took counts."""
-    if weight.dim() < 2 or weight.is_meta or not weight.is_floating_point() or any(bool(row.any()) for row in weight):
+    if weight.dim() < 2 or weight.is_meta or not weight.is_floating_point():
+        return weight
+    if bool(weight[:, :1].any()) or any(bool(row.any()) for row in weight):  # most show it at once
         return weight
     unknown = torch.full_like(weight, torch.nan)
     return unknown if mask is None else torch.where(mask.to(weight.device), unknown, weight)

@@ -97,7 +97,8 @@ class Settler:
             failed = next((run for run in runs if run.rehearsal.wrong is not None), None)
             if failed is not None and failed.rehearsal.wrong is not None:
                 problem, where = failed.rehearsal.problem, place(failed.rehearsal.wrong)
-                if not _keep_near(failed, f"{where} needs this size: {problem}"):
+                idle = "" if failed.rehearsal.wrong in failed.ledger.values else ", though nothing reads its result"
+                if not _keep_near(failed, f"{where} needs this size{idle}: {problem}"):
                     break
             elif all(run.alike or set(run.rehearsal.rescales) == set(first.rescales) for run in runs):
                 return Settled(replace(made, rescales=first.rescales), choices[0].groups, shell, first.calls)

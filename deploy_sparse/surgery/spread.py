@@ -25,9 +25,9 @@ class _Spread(nn.Module):
     places: torch.Tensor
     axis: int
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As the layer's own, with ``len(places)`` channels."""
-        rows: torch.Tensor = super().forward(x)
+        rows: torch.Tensor = super().forward(input)
         return rows.index_select(self.axis, self.places)
 
     def extra_repr(self) -> str:
@@ -51,11 +51,16 @@ class SpreadLinear(_Spread, nn.Linear):
     """See :mod:`.spread`."""
 
 
+class SpreadBatchNorm2d(_Spread, nn.BatchNorm2d):
+    """See :mod:`.spread`. Its input's rows lie as a packed layer computed them; its output's as the stream has them."""
+
+
 _KINDS: dict[type[nn.Module], type[_Spread]] = {
     nn.Conv1d: SpreadConv1d,
     nn.Conv2d: SpreadConv2d,
     nn.Conv3d: SpreadConv3d,
     nn.Linear: SpreadLinear,
+    nn.BatchNorm2d: SpreadBatchNorm2d,
 }
 
 
@@ -68,15 +73,16 @@ def spread(layer: nn.Module, places: tuple[int, ...]) -> nn.Module:
     """The layer with its rows looked up at ``places``; it shares the layer's parameters.
 
     Args:
-        layer: an ``nn.Conv1d``, ``Conv2d``, ``Conv3d`` or ``Linear``.
+        layer: an ``nn.Conv1d``, ``Conv2d``, ``Conv3d`` or ``Linear``, or an ``nn.BatchNorm2d`` behind one.
         places: the row of each output channel.
     """
     kind = _KINDS[type(layer)]
     made: Any = kind.__new__(kind)
     made.__dict__ = dict(vars(layer))
     made._buffers = dict(layer._buffers)
-    device = next(layer.parameters()).device
+    device = next(x.device for x in (*layer.parameters(), *layer.buffers(), torch.empty(0)))
     made.register_buffer("places", torch.tensor(places, dtype=torch.int64, device=device))
     made.axis = -1 if isinstance(layer, nn.Linear) else 1
-    setattr(made, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(places))
+    if not isinstance(layer, nn.BatchNorm2d):
+        setattr(made, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(places))
     return made  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import SurgeryError
-from ._nodes import Node
+from ._nodes import Node, overwritten
 from ._recorder import DataDependent, Recording, record
-from ._skeleton import to_meta, with_tensors
+from ._skeleton import own_tensors, parts_of, state_of, to_meta, with_tensors
 
 Way = Literal["reckoned", "symbolic", "real"]
 
@@ -33,12 +33,14 @@ class Traced:
             result (without memory), ``meta["layer"]`` the path of the innermost module, ``meta["call"]`` a number for
             each call of it, ``meta["sizes"]`` the origins of its numbers by argument.
         state: placeholder name to state-dict name, for parameters and buffers.
-        tensors: parameters and buffers by name, with their values.
+        tensors: parameters and buffers by name, with their values; NaN for those that the network writes into.
         constants: placeholder name to value, for tensors that are neither.
         parameters: names that are parameters.
         calls: all calls in execution order.
         way: how it ran: without memory and with constants reckoned, without any, or, because it looks at values that
             do not depend on its input, on real tensors.
+        written: parameters and buffers that the network writes into: name and a reason for their channels to stay.
+        origins: whether sizes say where they come from. Code that asks for the very type ``int`` does not run so.
     """
 
     nodes: tuple[Node, ...]
@@ -48,6 +50,8 @@ class Traced:
     parameters: frozenset[str]
     calls: tuple[Node, ...]
     way: Way = "reckoned"
+    written: Mapping[str, str] = field(default_factory=dict)
+    origins: bool = True
 
     @property
     def real(self) -> bool:
@@ -68,8 +72,8 @@ def trace(
     Raises:
         SurgeryError: the network does not run on the inputs, or its control flow depends on data.
     """
-    values = dict(module.named_parameters()) | dict(module.named_buffers()) | dict(tensors or {})
-    values = {name: value.detach() for name, value in values.items()}
+    _refuse_scripted(module)
+    values = own_tensors(module) | dict(tensors or {})
     try:
         recording = _first_that_works(module, example_inputs, values)
     except Exception as problem:  # of the network's own code: any class
@@ -83,60 +87,96 @@ def trace(
     return _traced(module, *recording, values)
 
 
-def quick_trace(
-    module: nn.Module, inputs: tuple[Any, ...], tensors: Mapping[str, torch.Tensor], like: Traced
-) -> Traced | None:
-    """:func:`trace` in the way of an earlier one; None where the network does not take inputs of these shapes."""
-    values = dict(module.named_parameters()) | dict(module.named_buffers()) | dict(tensors)
-    values = {name: value.detach() for name, value in values.items()}
+def quick_trace(module: nn.Module, inputs: tuple[Any, ...], like: Traced, *, origins: bool) -> Traced | None:
+    """:func:`trace` in the way of an earlier one; None where the network does not take inputs of these shapes.
+
+    Args:
+        origins: of sizes are remembered, if they were then.
+    """
+    attempt = like.way, like.origins and origins
     try:
-        return _traced(module, *_without_memory(module, inputs, values, (like.way,)), values)
+        return _traced(module, *_without_memory(module, inputs, like.tensors, [attempt]), like.tensors)
     except Exception:  # any error of the user's own forward() means that it does not take this size
         return None
 
 
-def _traced(module: nn.Module, recording: Recording, way: Way, values: Mapping[str, torch.Tensor]) -> Traced:
+def _traced(
+    module: nn.Module, recording: Recording, way: Way, origins: bool, values: Mapping[str, torch.Tensor]
+) -> Traced:
+    written = _written_state(recording)
+    unknown = {
+        name: torch.full((), torch.nan).expand(values[name].shape) for name in written if weightlike(values[name])
+    }
     return Traced(
         nodes=recording.nodes,
         state=recording.state,
-        tensors=values,
+        tensors={**values, **unknown} if unknown else values,
         constants=recording.constants,
-        parameters=frozenset(name for name, _ in module.named_parameters()),
+        parameters=frozenset(name for name, x in state_of(parts_of(module)) if isinstance(x, nn.Parameter)),
         calls=tuple(recording.calls),
         way=way,
+        written=written,
+        origins=origins,
     )
+
+
+def _written_state(recording: Recording) -> dict[str, str]:
+    found: dict[str, str] = {}
+    shown: dict[int, str] = {}  # by memory
+    for node in recording.calls:
+        for source in node.all_input_nodes:
+            if source.name in recording.state:
+                shown.setdefault(source.meta["val"].untyped_storage()._cdata, recording.state[source.name])
+        for target in overwritten(node):
+            name = shown.get(target.meta["val"].untyped_storage()._cdata)
+            if name is not None:
+                found.setdefault(name, f"{name!r} is written by {place(node)}")
+    return found
+
+
+_ATTEMPTS: tuple[tuple[Way, bool], ...] = (("reckoned", True), ("symbolic", True), ("reckoned", False))
 
 
 def _first_that_works(
     module: nn.Module, inputs: tuple[Any, ...], values: Mapping[str, torch.Tensor]
-) -> tuple[Recording, Way]:
+) -> tuple[Recording, Way, bool]:
     """Without memory, or else on real tensors."""
     try:
-        return _without_memory(module, inputs, values, ("reckoned", "symbolic"))
+        return _without_memory(module, inputs, values, _ATTEMPTS)
     except Exception:  # of the network's own code: any class
         if any(x.is_meta for x in values.values()):
             raise
     real = with_tensors(module, lambda name, x: values[name].clone()).eval()
     copies = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, inputs)
-    return record(real, copies, real_constants=False), "real"
+    return record(real, copies, real_constants=False), "real", True
 
 
 def _without_memory(
-    module: nn.Module, inputs: tuple[Any, ...], values: Mapping[str, torch.Tensor], ways: Sequence[Way]
-) -> tuple[Recording, Way]:
-    """With small constants reckoned, or with none: the first way that works."""
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    values: Mapping[str, torch.Tensor],
+    attempts: Sequence[tuple[Way, bool]],
+) -> tuple[Recording, Way, bool]:
+    """With small constants reckoned, or with none, with the origins of sizes or without: the first way that works."""
     light = pytree.tree_map(lambda x: to_meta(x) if isinstance(x, torch.Tensor) else x, inputs)
-    for way in ways:
-        twin = with_tensors(
-            module, lambda name, x: to_meta(x) if weightlike(values.get(name, x)) else values[name]
-        ).eval()
+    *earlier, last = attempts
+    for attempt in earlier:
         try:
-            return record(twin, light, real_constants=way == "reckoned"), way
+            return _attempted(module, light, values, *attempt)
         except DataDependent:
             raise
-        except Exception as problem:  # of the network's own code: any class
-            found = problem
-    raise found
+        except Exception:  # of the network's own code: any class
+            continue
+    return _attempted(module, light, values, *last)
+
+
+def _attempted(
+    module: nn.Module, light: tuple[Any, ...], values: Mapping[str, torch.Tensor], way: Way, origins: bool
+) -> tuple[Recording, Way, bool]:
+    twin = with_tensors(
+        module, lambda name, x: to_meta(x) if weightlike(values.get(name, x)) else values[name].clone()
+    ).eval()
+    return record(twin, light, real_constants=way == "reckoned", origins=origins), way, origins
 
 
 def weightlike(tensor: torch.Tensor) -> bool:
@@ -193,22 +233,45 @@ def arguments(node: Node) -> dict[str, Any]:
     return bound
 
 
-def overwritten(node: Node) -> tuple[Node, ...]:
-    """The nodes whose tensor this operation writes into."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return ()
-    given = arguments(node)
-    return tuple(
-        given[a.name]
-        for a in schema.arguments
-        if a.alias_info is not None and a.alias_info.is_write and isinstance(given[a.name], Node)
-    )
+def numbers_of(node: Node) -> list[float]:
+    """What the code reckons with, in the schema's order; sizes and positions apart."""
+    found = []
+    for position, name, default in _numeric(node.target):
+        value = node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
+        if isinstance(value, float | int) and not isinstance(value, bool):
+            found.append(value)
+    return found
+
+
+def _numeric(target: Any) -> tuple[tuple[int, str, Any], ...]:
+    """Position, name and default of every argument of an operation that may be a number and is no integer."""
+    known = _NUMERIC.get(target)
+    if known is None:
+        listed = enumerate(target._schema.arguments) if hasattr(target, "_schema") else ()
+        known = _NUMERIC[target] = tuple(
+            (position, argument.name, argument.default_value)
+            for position, argument in listed
+            if "int" not in str(argument.type).lower()
+        )
+    return known
+
+
+_NUMERIC: dict[Any, tuple[tuple[int, str, Any], ...]] = {}
 
 
 def is_pick(node: Node) -> bool:
     """Whether ``node`` only takes one of several results."""
     return node.target is operator.getitem
+
+
+def _refuse_scripted(module: nn.Module) -> None:
+    for path, part in parts_of(module):
+        if isinstance(part, torch.jit.ScriptModule):
+            raise SurgeryError(
+                f"the network cannot be traced: {f'layer {path!r}' if path else 'it'} is a TorchScript module",
+                expected="a network of ordinary modules, whose Python code can be followed",
+                fix="build it without torch.jit.script, and script the compact network",
+            )
 
 
 def _refuse_other_precision(module: nn.Module, example_inputs: tuple[Any, ...]) -> None:
@@ -222,6 +285,23 @@ def _refuse_other_precision(module: nn.Module, example_inputs: tuple[Any, ...]) 
             expected=f"example inputs in the weights' precision, {weights}",
             fix=f"cast them: example_inputs.to(torch.{min(wanted)})",
         ) from None
+    if given or not wanted:
+        return
+    dtype = getattr(torch, min(wanted))
+    cast = pytree.tree_map(lambda x: x.to(dtype) if isinstance(x, torch.Tensor) else x, example_inputs)
+    try:
+        _without_memory(module, cast, own_tensors(module), _ATTEMPTS[:1])
+    except Exception:  # of the network's own code: any class
+        return  # it is not the precision
+    tensors = [x for x in pytree.tree_leaves(example_inputs) if isinstance(x, torch.Tensor)]
+    found = " and ".join(dict.fromkeys(_name(x.dtype) for x in tensors))
+    images = any(x.dtype == torch.uint8 for x in tensors)
+    raise SurgeryError(
+        f"the example inputs are {found} of shape {' and '.join(str(list(x.shape)) for x in tensors)}, and the network "
+        f"multiplies them with weights in {' and '.join(sorted(wanted))}",
+        expected=f"floating numbers{', scaled and normalised as in training' if images else ''}",
+        fix=f"cast them: example_inputs.to(torch.{min(wanted)}){' / 255' if images else ''}",
+    ) from None
 
 
 def _refuse_other_inputs(module: nn.Module, example_inputs: tuple[Any, ...], found: Exception) -> None:
@@ -239,18 +319,25 @@ def _refuse_other_inputs(module: nn.Module, example_inputs: tuple[Any, ...], fou
             return
     elif isinstance(found, DataDependent):
         return
-    tensors = [list(x.shape) for x in pytree.tree_leaves(example_inputs) if isinstance(x, torch.Tensor)]
-    shapes = " and ".join(map(str, tensors)) or "no tensor"
+    tensors = [x for x in pytree.tree_leaves(example_inputs) if isinstance(x, torch.Tensor)]
+    whole = [f"{list(x.shape)}{'' if x.is_floating_point() else f' of {_name(x.dtype)}'}" for x in tensors]
+    images = ", as floating numbers" if any(x.dtype == torch.uint8 for x in tensors) else ""
     raise SurgeryError(
-        f"the network cannot be traced: it does not accept these inputs ({shapes}): {_first_line(problem)}",
-        expected="example inputs that model(*example_inputs) takes, the batch axis first: [N, C, H, W] for images",
+        "the network cannot be traced: it does not accept these inputs "
+        f"({' and '.join(whole) or 'no tensor'}): {_first_line(problem)}",
+        expected="example inputs that model(*example_inputs) takes, the batch axis first: [N, C, H, W] for "
+        f"images{images}",
         fix="mend the shape of the example inputs; one image without its batch axis needs .unsqueeze(0)",
     ) from problem
 
 
 def _floating(tensors: Any) -> set[str]:
     floats = [x for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point()]
-    return {str(x.dtype).removeprefix("torch.") for x in floats}
+    return {_name(x.dtype) for x in floats}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _overloads(name: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from ..measure.table import Table
 from ..surgery.compact import compact, load_compact
 from ..surgery.plan import SurgeryPlan
 from ..ticket import Ticket
+from .formats import choose_format, require_timing
 from .run_report import ReportText, write_report
 
 Factory = Callable[[], torch.nn.Module]
@@ -48,13 +49,18 @@ class DeployConfig(Config):
     batches: tuple[int, ...] = Field((1, 32), min_length=1, description="batch sizes to time")
     duration_s: float = Field(1.5, gt=0, description="timed seconds for each network and batch")
     align: bool = Field(True, description="round widths up to the multiple that the first target likes")
+    format: Literal["auto", "dense", "channels", "packed"] = Field(
+        "channels",
+        description="how the ticket is deployed; auto: what is fastest on the first target, which must run here",
+    )
 
 
 def check_deploy(config: DeployConfig) -> None:
     """Refuse what cannot be delivered before anything is trained.
 
     Raises:
-        ConfigError: an unknown target, a batch outside a target's range, or something named twice.
+        ConfigError: an unknown target, a batch outside a target's range, something named twice, or a format to be
+            chosen by timing on a target that does not run here.
         MissingDependencyError, BuildError: no target can be built here.
     """
     for key, values in (("targets", config.targets), ("batches", config.batches)):
@@ -77,6 +83,8 @@ def check_deploy(config: DeployConfig) -> None:
                 )
     if len(problems) == len(config.targets):
         raise problems[0]
+    if config.format == "auto":
+        require_timing(load_target(config.targets[0]))
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,7 @@ def deliver(
     provenance, extra = [f"Dense network {dense.hash[:16]}"], list(tables)
     if ticket is not None:
         multiple = targets[0].width_multiple if config.align else 1
-        plan, small = _surgery(ticket, factory, example_inputs, folder, multiple)
+        plan, small = _surgery(ticket, factory, example_inputs, folder, multiple, config.format, targets[0], say)
         networks["ticket"] = small, ticket.hash
         provenance += [f"Ticket {ticket.hash[:16]}", f"Compact network verified: {plan.parity}"]
         extra += [*explain(plan), _layers(plan)]
@@ -185,18 +193,36 @@ def _layers(plan: SurgeryPlan) -> Table:
 
 
 def _surgery(
-    ticket: Ticket, factory: Factory, example_inputs: tuple[torch.Tensor, ...], folder: Path, multiple: int
+    ticket: Ticket,
+    factory: Factory,
+    example_inputs: tuple[torch.Tensor, ...],
+    folder: Path,
+    multiple: int,
+    format: Literal["auto", "dense", "channels", "packed"],
+    first: Target,
+    say: Say,
 ) -> tuple[SurgeryPlan, torch.nn.Module]:
     target = folder / "compact"
     if not target.exists():
-        compact(ticket, factory, example_inputs, multiple=multiple).save(target)
+        if format == "auto":
+            made, choice = choose_format(ticket, factory, first, example_inputs, batch=first.batch.opt)
+            say("\n".join(choice.lines()))
+        else:
+            made = compact(ticket, factory, example_inputs, format=format, multiple=multiple)
+        made.save(target)
     with _removable(target):
         plan = SurgeryPlan.load(target)
         small = load_compact(target, factory)
-    if (plan.ticket, plan.multiple) != (ticket.hash, multiple):
+    if plan.ticket != ticket.hash or (format in ("channels", "packed") and plan.multiple != multiple):
         raise ArtifactError(
             f"{target} was made from ticket {plan.ticket[:12]} with widths in multiples of {plan.multiple}",
             expected=f"the compact network of ticket {ticket.hash[:12]}, multiples of {multiple}",
+            fix=f"remove {target} and continue the run with --resume",
+        )
+    if (format == "channels" and plan.shape.packs) or (format == "dense" and (plan.cuts or plan.shape.packs)):
+        raise ArtifactError(
+            f"{target} holds a network whose {'layers are packed' if plan.shape.packs else 'channels are cut'}",
+            expected=f"the ticket's network in the format {format!r}",
             fix=f"remove {target} and continue the run with --resume",
         )
     return plan, small  # the deployed network is the one on disk

@@ -16,6 +16,8 @@ import pytest
 from recipe_runs import REGROUP, SETTINGS
 
 from deploy_sparse.cli.main import VERBS, main
+from deploy_sparse.surgery.compact import Format
+from deploy_sparse.surgery.packing import Form
 from deploy_sparse.surgery.parts import Kind
 from deploy_sparse.tune.run_report import load_report, write_report_files
 
@@ -101,6 +103,25 @@ def test_every_python_block_of_the_page_on_surgery_runs(capsys):
     assert "max|Δ|" in printed
 
 
+def test_every_python_block_of_the_page_on_packing_runs(capsys):
+    namespace: dict = {}
+    for block in blocks("docs/packing.md", "python"):
+        exec(compile(block, "docs/packing.md", "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert "PackedConv2d(64, 64" in printed
+    assert re.search(r"\d layers? of blocks: ", printed)
+    assert "max|Δ|" in printed
+
+
+def test_the_page_on_packing_explains_every_form_and_format():
+    text = (ROOT / "docs/packing.md").read_text()
+    forms, formats = (
+        text.split(title)[1].split("\n## ")[0] for title in ("## Forms of a layer", "## Formats of a network")
+    )
+    assert set(re.findall(r"^\| `(\w+)`", forms, re.MULTILINE)) == set(get_args(Form))
+    assert set(re.findall(r"^\| `(\w+)`", formats, re.MULTILINE)) - {"format"} == {"auto", *get_args(Format)}
+
+
 def test_the_page_on_surgery_explains_every_reason_why_channels_stay():
     section = (ROOT / "docs/surgery.md").read_text().split("## Why channels stay")[1].split("\n## ")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == set(get_args(Kind))
@@ -137,13 +158,15 @@ def test_the_pages_numbers_are_the_records():
     assert keep.RECORD.findall(readme)
     assert {page.name for page in keep.PAGES} >= {"README.md", "reproduction.md", "chase.md"}
     unmeasured = {page.name for page in keep.PAGES[1:] if not keep.RESULTS.findall(page.read_text())}
-    assert unmeasured <= ({"surgery.md"} if not (ROOT / "benchmarks/records/cpu-2-cores/surgery").exists() else set())
+    assert unmeasured <= {"packing.md"} | (
+        {"surgery.md"} if not (ROOT / "benchmarks/records/cpu-2-cores/surgery").exists() else set()
+    )
     for text in (readme, *pages):
         assert keep.with_tables(text) == text
 
 
 RESULTS = sorted((ROOT / "benchmarks/records").rglob("results.jsonl"))
-SCRIPTS = {"densities": "densities", "tickets-resnet_synthetic": "tickets", "mask-cost": "mask_cost", "regroup-quality": "regroup_quality", "chase-quality-resnet_synthetic": "chase_quality", "chase-quality-30-epochs": "chase_quality", "dst-cost": "dst_cost", "surgery": "surgery"}  # fmt: skip
+SCRIPTS = {"densities": "densities", "tickets-resnet_synthetic": "tickets", "mask-cost": "mask_cost", "regroup-quality": "regroup_quality", "chase-quality-resnet_synthetic": "chase_quality", "chase-quality-30-epochs": "chase_quality", "dst-cost": "dst_cost", "surgery": "surgery", "packed": "packed", "shortcuts": "shortcuts", "block-kernel": "block_kernel"}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: str(p.parent.relative_to(ROOT)))

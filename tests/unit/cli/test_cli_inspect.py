@@ -95,6 +95,55 @@ def test_a_dry_run_writes_nothing_and_knows_targets(capsys, folders, made):
     assert sorted(folders.rglob("*")) == before
 
 
+class Options:
+    """What a plan was asked for."""
+
+    def __init__(self, monkeypatch):
+        from deploy_sparse.surgery import graph, plan
+
+        self.plans, self.groups = [], []
+        decide, groups = plan.plan_from_ticket, graph.channel_groups
+        monkeypatch.setattr(
+            plan, "plan_from_ticket", lambda *given, **asked: (self.plans.append(asked), decide(*given, **asked))[1]
+        )
+        monkeypatch.setattr(
+            graph, "channel_groups", lambda *given, **asked: (self.groups.append(asked), groups(*given, **asked))[1]
+        )
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        ((), {"norms": "exact", "shortcuts": "union"}),
+        (("--norms", "leave"), {"norms": "leave", "shortcuts": "union"}),
+        (("--shortcuts", "spread"), {"norms": "exact", "shortcuts": "spread"}),
+    ],
+    ids=["default", "norms", "shortcuts"],
+)
+def test_a_dry_run_takes_the_options_of_compact(capsys, folders, monkeypatch, words, asked):
+    seen = Options(monkeypatch)
+    code, out, _ = run(capsys, "inspect", folders / "ticket", "--json", *words)
+    assert code == 0
+    assert json.loads(out)["dry_run"] is True
+    assert [{key: plan[key] for key in asked} for plan in seen.plans] == [asked]
+    assert seen.groups == [{"norms": asked["norms"] == "exact"}]
+
+
+@pytest.mark.parametrize("option", ["--target", "--norms", "--shortcuts"])
+def test_options_of_a_plan_that_was_made_are_refused(capsys, folders, option):
+    code, _, err = run(capsys, "inspect", folders / "compact", option, "leave")
+    assert code == 2
+    assert f"{option} leave for a compact network, whose widths are decided" in err
+    assert f"leave {option} out, or inspect the ticket" in err
+
+
+@pytest.mark.parametrize("option", ["norms", "shortcuts"])
+def test_options_that_there_are_not_are_refused(capsys, folders, option):
+    code, _, err = run(capsys, "inspect", folders / "ticket", f"--{option}", "none")
+    assert code == 2
+    assert f"{option}='none'" in err
+
+
 def test_a_run_means_its_compact_network_or_else_its_ticket(capsys, folders, tmp_path):
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "ticket").symlink_to(folders / "ticket")

@@ -7,11 +7,12 @@ import json
 import pytest
 import torch
 from surgery_nets import SHAPE, Block, RandomNet, randomised, rows_masked, silent_masks, ticket
+from torch import nn
 
 from deploy_sparse.errors import SurgeryError, TicketError
 from deploy_sparse.surgery import SurgeryPlan, channel_groups, compact, plan_from_ticket
+from deploy_sparse.surgery._positions import positions, ranges
 from deploy_sparse.surgery.notes import readable
-from deploy_sparse.surgery.parts import positions, ranges
 
 STEPS = [Block("projection", 4), Block("depthwise", 1), Block("chain", 3, padded=False)]
 X = torch.zeros(2, *SHAPE)
@@ -203,6 +204,40 @@ def test_network_that_cannot_live_with_fewer_channels_keeps_them_and_says_what_i
     assert first.stays[0].kind == "pinned"
     assert first.stays[0].reason.endswith("needs this size: only four channels please")
     assert second.kept == (0, 3, 4)  # the rest of the network still loses what is dead
+
+
+class Idle(nn.Module):
+    """Runs layers whose results nobody takes."""
+
+    def __init__(self, idle):
+        super().__init__()
+        self.a, self.c, self.d = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1), nn.Conv2d(6, 5, 1)
+        self.norm, self.e = nn.BatchNorm2d(6), nn.Conv2d(5, 3, 1)
+        self.idle = idle
+
+    def forward(self, x):
+        y = torch.sigmoid(self.a(x))
+        self.idle(self, y)
+        return self.c(y)
+
+
+@pytest.mark.parametrize(
+    ("idle", "place"),
+    [
+        (lambda net, y: net.e(torch.relu(net.d(y))), "aten.conv2d.default in layer 'd'"),
+        (lambda net, y: net.norm(y), "aten.batch_norm.default in layer 'norm'"),
+        (lambda net, y: y * torch.ones(6, 1, 1), "aten.mul.Tensor in the network itself"),
+    ],
+    ids=["layers", "norm", "numbers"],
+)
+def test_results_that_nothing_reads_keep_what_they_are_made_of_and_say_so(idle, place):
+    made = ticket(randomised(Idle(idle)), rows_masked(Idle(idle), {"a.weight": [1, 4], "d.weight": [2]}), SHAPE)
+    result = compact(made, lambda: Idle(idle))
+    (stay,) = result.plan.groups[0].stays
+    assert stay.channels == (0, 1, 2, 3, 4, 5)
+    assert stay.reason.startswith(f"{place} needs this size, though nothing reads its result: ")
+    assert result.plan.cuts == ()
+    assert result.parity.float64.max_rel == 0
 
 
 def test_positions_are_written_as_ranges():

@@ -51,6 +51,7 @@ REASONS = {
     "would depend on the number of positions in aten.sum.dim_IntList": lambda net, y: y.sum((2, 3), keepdim=True),
     "would be cast to integers by aten.to.dtype": lambda net, y: (10 * y).to(torch.int64).to(y.dtype),
     "would meet the padding of aten.pad.default": lambda net, y: F.pad(y, (1, 1)),
+    "would be rounded by aten.mean.dim": lambda net, y: y.mean((2, 3), True, dtype=torch.bfloat16).to(y.dtype),
 }
 
 
@@ -63,6 +64,19 @@ def test_lost_constant_is_reported_with_the_operation_that_lost_it(reason):
     notes = [note for note in result.plan.notes() if note.startswith("a.weight: ") and "stay" in note]
     assert len(notes) == 1
     assert reason in notes[0]
+
+
+def test_a_constant_that_counts_in_a_product_of_activations_stays_and_says_so():
+    class Net(Body):
+        def forward(self, x):
+            y = torch.sigmoid(self.a(x))
+            return self.c(y) + (y.flatten(2).transpose(1, 2) @ y.flatten(2)).mean()
+
+    _, group = stays(lambda: Net(None), [1, 2])
+    assert group.kept == (0, 1, 2, 3)
+    (stay,) = group.stays
+    assert (stay.kind, stay.channels) == ("leak", (1, 2))
+    assert stay.reason == "its constant counts in aten.matmul.default in the network itself"
 
 
 def test_where_is_elementwise():

@@ -123,7 +123,7 @@ def test_control_flow_on_sizes_and_flags_is_followed():
         ((X, X), r"does not accept these inputs \(\[2, 3, 8, 8\] and \[2, 3, 8, 8\]\)"),
         ((), r"does not accept these inputs \(no tensor\)"),
         (X.float(), r"the example inputs are float32, the weights float64[\s\S]*\.to\(torch\.float64\)"),
-        (torch.ones(2, 3, 8, 8, dtype=torch.int64), r"cannot be traced: "),
+        (torch.ones(2, 3, 8, 8, dtype=torch.int64), r"the example inputs are int64 [\s\S]*\.to\(torch\.float64\)$"),
     ],
     ids=["channels", "rank", "too many", "none", "precision", "integers"],
 )
