@@ -182,7 +182,7 @@ def _planned(bench: Bench, network: str, pattern: str, sparsity: float) -> Row:
         ticket = oneshot_ticket(model, inputs, "blocks", sparsity, rule=rule)
     else:
         ticket = oneshot_ticket(model, inputs, "channels", sparsity)
-    made, choice = choose_format(ticket, factory, bench.target, inputs, duration_s=bench.seconds)
+    made, choice = choose_format(ticket, factory, bench.target, inputs, batch=bench.batch, duration_s=bench.seconds)
     found = bench.time({"dense": factory(), "chosen": made.module}, inputs)
     return {
         "part": "planner",

@@ -65,6 +65,11 @@ class Packed(nn.Module):
         for name, index in self._indices().items():
             self.register_buffer(name, torch.tensor(index, dtype=torch.int64, device=device))
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and not self.__dict__.get("_stacked", True):  # code that asks for its type or shape
+            return self.unpack()
+        return super().__getattr__(name)
+
     @property
     def in_channels(self) -> int:
         """Channels of the input."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -85,10 +85,12 @@ class Compact:
         aliases = ties(state)
         stored = untied(state, aliases)
         tensors = {name: t.detach().cpu().contiguous() for name, t in stored.items()}
+        unlisted = {name: t.detach().cpu().clone() for name, t in _unlisted(self.module).items() if not t.is_meta}
         plan = self.plan
         if _fingerprint(self.module) != self._verified:
             plan = replace(plan, parity=None, unverified=_CHANGED)
-        payload, body = {_PAYLOAD: bytes_from_tensors(tensors)}, plan.to_json() | {"ties": aliases}
+        payload = {_PAYLOAD: bytes_from_tensors({**tensors, **unlisted})}
+        body = plan.to_json() | {"ties": aliases, **({"unlisted": sorted(unlisted)} if unlisted else {})}
         if inner := [name for name, t in stored.items() if _channels_innermost(t)]:
             body["channels_last"] = inner
         if program:
@@ -97,6 +99,18 @@ class Compact:
             except ExportError as problem:
                 body["program"] = problem.given
         return artifact.write_artifact(Path(folder), "plan", payload, body).folder
+
+
+def _unlisted(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors that the network reads and its state dict lacks, by name: plain attributes, such as views of weights, and
+    buffers that are not persistent."""
+    listed = module.state_dict(keep_vars=True).keys()
+    found = {name: x for name, x in module.named_buffers() if name not in listed}
+    for path, part in module.named_modules():
+        for key, x in vars(part).items():
+            if isinstance(x, torch.Tensor):
+                found[f"{path}.{key}" if path else key] = x
+    return found
 
 
 _CHANGED = "not compared with the ticket's network: the weights were changed after the comparison, as by training"
@@ -175,6 +189,7 @@ def load_compact(folder: str | Path, factory: Callable[[], nn.Module]) -> nn.Mod
     aliases = dict(found.body.get("ties", {}))
     stored = tensors_from_bytes((found.folder / _PAYLOAD).read_bytes())
     stored |= {name: _with_channels_innermost(stored[name]) for name in found.body.get("channels_last", ())}
+    unlisted = {name: stored.pop(name) for name in found.body.get("unlisted", ())}
     tensors = retied(stored, aliases)
     dense = _skeleton(factory)
     shell = narrowed(with_tensors(dense, lambda _, x: to_meta(x)), plan.shape)
@@ -182,13 +197,25 @@ def load_compact(folder: str | Path, factory: Callable[[], nn.Module]) -> nn.Mod
     shells_(shell, plan.shape.packs)
     _refuse_other_architecture(shell.state_dict(), tensors, plan)
     # Parameters that the network also keeps in lists are the same ones there.
-    module = narrowed(dense, plan.shape, lambda name, own: narrow.get(name, tensors.get(name, own)))
+    known = {**unlisted, **tensors, **narrow}
+    module = narrowed(dense, plan.shape, lambda name, own: known.get(name, own))
+    _set_unlisted_(module, unlisted)
     shells_(module, plan.shape.packs)
     for path in plan.shape.packed:
         layer = module.get_submodule(path)
         layer.load_state_dict({name: tensors[f"{path}.{name}"] for name in layer.state_dict()}, assign=True)
     tie_(module, aliases)
     return module.eval()
+
+
+def _set_unlisted_(module: nn.Module, unlisted: Mapping[str, torch.Tensor]) -> None:
+    """Give plain attributes what they held when the network was saved."""
+    for name, tensor in unlisted.items():
+        path, _, key = name.rpartition(".")
+        part = module.get_submodule(path)
+        own = vars(part).get(key)
+        if isinstance(own, torch.Tensor):
+            setattr(part, key, tensor.to(own.device))
 
 
 def _dense(factory: Callable[[], nn.Module]) -> nn.Module:
@@ -261,6 +288,8 @@ def _refuse_format(format: str, layers: Collection[str] | None) -> None:
             expected="layers in the format 'packed' only",
             fix="leave them out, or use format='packed'",
         )
+    if isinstance(layers, str):
+        raise SurgeryError(f"layers={layers!r}", expected="a list of paths of layers", fix=f"pass layers=[{layers!r}]")
 
 
 def _refuse_no_factory(factory: object) -> None:

@@ -180,9 +180,9 @@ def _packs(plan: SurgeryPlan) -> list[str]:
     kinds = ", ".join(f"{count} {form}" for form, count in forms.items())
     before = [pack.module for pack in packs if pack.packing.gathers]
     after = [pack.module for pack in packs if pack.packing.restores]
-    norms = {entry.module for entry in plan.shape.spreads} & {
-        order.name.rpartition(".")[0] for order in plan.shape.orders
-    }
+    reordered = {order.name.rpartition(".")[0] for order in plan.shape.orders}
+    layers = {layer.name.rpartition(".")[0] for layer in plan.layers}  # a spread one may have reordered columns
+    norms = {entry.module for entry in plan.shape.spreads} & reordered - layers
     looked = [
         f"{len(places)} look{'s' if len(places) == 1 else ''} channels up {where} ({_first(places)})"
         for where, places in (("before", before), ("after", after), ("after their norm", sorted(norms)))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import SurgeryError
+from ..errors import SurgeryError, nearest
 from ..structure import Blocks, structure_of
 from ._nodes import Node
 from ._skeleton import with_tensors
@@ -62,7 +62,7 @@ class LayerForm:
     Attributes:
         path: of the layer.
         dense: as in the narrowed network.
-        packed: with the look-ups that the network would leave to it.
+        packed: with the look-ups that the network would leave to it, or to the norm behind it.
         packing: its blocks.
         input_shape: of one sample.
     """
@@ -79,6 +79,11 @@ class LayerForm:
         blocks = sum(len(block.rows) * len(block.columns) for block in self.packing.blocks)
         return blocks / sum(p.numel() for name, p in self.dense.named_parameters() if name == "weight")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight, and so of the input."""
+        return self.dense.get_parameter("weight").dtype
+
     def __str__(self) -> str:
         places = [
             place for place, there in (("before", self.packing.gathers), ("after", self.packing.restores)) if there
@@ -92,6 +97,7 @@ class LayerForm:
         return {
             "dense": repr(self.dense),
             "packed": repr(self.packed),
+            "dtype": str(self.dtype),
             "blocks": sizes,
             "input": list(self.input_shape),
             "lookups": [self.packing.gathers, self.packing.restores],
@@ -108,7 +114,9 @@ def layer_forms(
     """Each layer that can be packed, or of those in ``only``, dense and packed; see :func:`candidates`."""
     found = [each for each in candidates(network, masks, cuts, inputs) if only is None or each.path in only]
     how = arranged(network, inputs, found)
-    whole = packed(network, how)
+    # What a norm looks up for a layer costs as much as if the layer did.
+    packs = tuple(replace(pack, packing=replace(pack.packing, restore=True)) for pack in how.packs)
+    whole = packed(network, replace(how, packs=packs, spreads=()))
     return tuple(
         LayerForm(
             each.path,
@@ -117,7 +125,7 @@ def layer_forms(
             pack.packing,
             each.read,
         )
-        for each, pack in zip(found, how.packs, strict=True)
+        for each, pack in zip(found, packs, strict=True)
     )
 
 
@@ -194,7 +202,7 @@ def _norms_after(network: nn.Module, traced: Traced) -> dict[str, str]:
     found = {}
     for norm, node in own.items():
         part, source = network.get_submodule(norm), node.args[0]
-        if type(part) is nn.BatchNorm2d and not _hooked(part) and source in layers and readers[source] == [node]:
+        if type(part) is nn.BatchNorm2d and not _extended(part) and source in layers and readers[source] == [node]:
             found[layers[source]] = norm
     return found
 
@@ -248,7 +256,8 @@ def with_packed_layers(
         _refuse_others(only, found)
         found = tuple(each for each in found if each.path in only)
     if not found:
-        said = "packed: nothing, as no layer that can be packed has a mask of blocks"
+        why = "no layer that can be packed has a mask of blocks" if only is None else "no layer was asked for"
+        said = f"packed: nothing, as {why}"
         return replace(decision, plan=replace(decision.plan, choice=(said,)))
     how = arranged(network, inputs, found)
     compact = packed(network, how)
@@ -286,7 +295,9 @@ def _sizes(network: nn.Module, traced: Traced) -> dict[str, tuple[tuple[int, ...
             source = node.args[0]
             while layer_of(source) == path:  # what it pads by itself
                 source = source.args[0]
-            found[path] = tuple(source.meta["val"].shape[1:]), tuple(node.meta["val"].shape[1:])
+            read, written = source.meta["val"].shape, node.meta["val"].shape
+            if len(read) >= (4 if isinstance(network.get_submodule(path), nn.Conv2d) else 2):  # with a batch axis
+                found[path] = tuple(read[1:]), tuple(written[1:])
     return found
 
 
@@ -312,13 +323,14 @@ def _sole_calls(network: nn.Module, traced: Traced) -> dict[str, Node]:
 
 
 def _packable(part: nn.Module) -> bool:
-    if _hooked(part):
+    if _extended(part):
         return False
     return type(part) is nn.Linear or (type(part) is nn.Conv2d and part.groups == 1 and part.in_channels > 1)
 
 
-def _hooked(part: nn.Module) -> bool:
-    return bool(part._forward_hooks or part._forward_pre_hooks)
+def _extended(part: nn.Module) -> bool:
+    """Whether its call runs code that is not its class's: hooks, or a forward set on the instance."""
+    return bool(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
 
 
 def _shared(network: nn.Module) -> set[str]:
@@ -338,5 +350,5 @@ def _refuse_others(only: Collection[str], found: Sequence[Candidate]) -> None:
             raise SurgeryError(
                 f"layer {path!r} cannot be packed: its mask is no union of blocks, or it is no plain layer",
                 expected=f"{'some of ' + ', '.join(map(repr, known)) if known else 'no layer at all'}",
-                fix="leave it out",
+                fix=f"{nearest(path, known)}leave it out",
             )

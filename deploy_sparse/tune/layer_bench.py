@@ -75,7 +75,8 @@ class LayerBench:
     def _files(self, forms: dict[str, LayerForm], scratch: Path) -> dict[tuple[str, str], OnnxFile]:
         modules = {f"dense {key}": form.dense for key, form in forms.items()}
         modules |= {f"packed {key}": form.packed for key, form in forms.items()}
-        inputs = {name: torch.randn(2, *forms[name.split()[1]].input_shape) for name in modules}
+        read = {name: forms[name.split()[1]] for name in modules}
+        inputs = {name: torch.randn(2, *form.input_shape).to(form.dtype) for name, form in read.items()}
         files = export_pieces(modules, inputs, scratch)
         return {(kind, key): file for name, file in files.items() for kind, key in [name.split()]}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import MethodType
 
 import pytest
 import torch
@@ -174,6 +175,14 @@ def test_what_is_known_by_number_is_restored_behind_its_norm(options):
     assert result.module.norm.num_features == 32
 
 
+def test_what_a_norm_looks_up_for_a_layer_is_timed_with_the_layer():
+    made, module, x = pairs_ticket(last_norm(), {"conv.weight": ALIGNED}), last_norm()(), noise(2, 32, 6, 6)
+    module.load_state_dict(made.masked_weights())
+    (form,) = layer_forms(module, made.masks, (), (x,))
+    assert str(form) == "2 disjoint blocks, look-up before and after"
+    assert torch.allclose(form.packed(x), form.dense(x))
+
+
 def test_rows_are_restored_by_the_layer_where_its_norm_is_not_its_own():
     def hooked():
         module = last_norm()()
@@ -285,6 +294,12 @@ def hooked():
     return module
 
 
+def patched():
+    module = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)).double()
+    module[0].forward = MethodType(lambda self, x: nn.Linear.forward(self, x) * 2, module[0])
+    return module
+
+
 TWICE = net(lambda self, x: self.b(torch.relu(self.a(torch.relu(self.a(x))))), a=linear(32, 32), b=linear(32, 32))
 READ = net(lambda self, x: self.b(torch.relu(F.linear(self.a(x), self.a.weight))), a=linear(32, 32), b=linear(32, 32))
 GROUPED = net(lambda self, x: self.b(torch.relu(self.a(self.d(x)))), a=conv(groups=2), b=conv(), d=conv(groups=32))
@@ -295,13 +310,14 @@ GROUPED = net(lambda self, x: self.b(torch.relu(self.a(self.d(x)))), a=conv(grou
     [
         (tied, noise(2, 32), {"4"}),
         (hooked, noise(2, 32), {"2"}),
+        (patched, noise(2, 32), {"2"}),
         (TWICE, noise(2, 32), {"b"}),
         (READ, noise(2, 32), {"b"}),
         (GROUPED, noise(2, 32, 6, 6), {"b"}),
         (encoder, noise(2, 4, 32), set()),  # PyTorch's own code takes the weights out of its layers
         (lambda: nn.Linear(32, 32).double(), noise(2, 32), set()),  # the whole network: nothing to put it in
     ],
-    ids=["tied", "hooked", "twice", "read", "grouped", "encoder", "alone"],
+    ids=["tied", "hooked", "patched", "twice", "read", "grouped", "encoder", "alone"],
 )
 def test_layers_that_are_more_than_their_call_stay_dense(factory, x, packs):
     module = factory()

@@ -249,6 +249,11 @@ def test_one_block_of_whole_channels_is_cut_and_not_packed(small):
             ("layer 'stem' cannot be packed: its mask is no union of blocks", "some of 'a', 'b', 'hidden'", "leave it out"),
         ),
         ({"format": "packed", "layers": ["nothing"]}, ("layer 'nothing' cannot be packed", "'a'", "leave it out")),
+        (
+            {"format": "packed", "layers": ["hidden.weight"]},
+            ("layer 'hidden.weight' cannot be packed", "did you mean 'hidden'? leave it out"),
+        ),
+        ({"format": "packed", "layers": "hidden"}, ("layers='hidden'", "a list of paths", "pass layers=['hidden']")),
         ({"layers": ["a"]}, ("layers to pack in the format 'channels'", "the format 'packed' only", "leave them out")),
     ],
 )  # fmt: skip
@@ -257,6 +262,12 @@ def test_what_cannot_be_done_is_said(made, options, error):
         compact(made, factory, X, **options)
     text = str(caught.value)
     assert all(part in text for part in error), text
+
+
+def test_an_empty_list_of_layers_packs_nothing_and_says_so(made):
+    result = compact(made, factory, X, format="packed", layers=[])
+    assert result.plan.shape == compact(made, factory, X).plan.shape
+    assert result.plan.choice == ("packed: nothing, as no layer was asked for",)
 
 
 def test_no_layer_at_all_is_said_too():

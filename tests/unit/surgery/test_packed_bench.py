@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,8 @@ def test_tickets_have_the_blocks_asked_for(packed, tiny):
 
 @pytest.mark.parametrize("pattern", ["blocks", "channels"])
 def test_the_planners_choice_is_measured_against_dense(packed, tiny, monkeypatch, pattern):
-    def choose_format(ticket, factory, target, inputs, *, duration_s):
+    def choose_format(ticket, factory, target, inputs, *, batch, duration_s):
+        assert batch == 2
         made = compact(ticket, factory, inputs, format="packed")
         return made, Choice("packed", target.name, 1, (), (NetworkTime("packed", 1, 1.5, 1.4, 1.6),))
 
@@ -120,7 +122,8 @@ def test_the_planners_choice_is_measured_against_dense(packed, tiny, monkeypatch
     monkeypatch.setattr(packed, "ZOO", ("tiny:6",))
     monkeypatch.setattr(packed, "SPARSITIES", (0.5,))
     other = "channels" if pattern == "blocks" else "blocks"
-    (row,) = packed.planner_rows(bench(packed), {f"planner tiny:6 {other} 0.5"})
+    (row,) = packed.planner_rows(replace(bench(packed), batch=2), {f"planner tiny:6 {other} 0.5"})
+    assert row["batch"] == 2
     assert (row["format"], row["candidates"], row["pattern"]) == ("packed", {"packed": 1.5}, pattern)
     assert row["ideal"] > 1.2
     assert "| network | ticket | sparsity | chosen |" in packed.text([row])

@@ -2,11 +2,12 @@
 
 import json
 
+import onnxruntime
 import pytest
 import torch
 from torch import nn
 
-from deploy_sparse.engine import _trt
+from deploy_sparse.engine import _trt, pieces
 from deploy_sparse.engine.target import load_target
 from deploy_sparse.errors import ConfigError
 from deploy_sparse.surgery import load_compact
@@ -230,6 +231,40 @@ def test_other_machines_targets_and_batches_have_times_of_their_own(monkeypatch,
     monkeypatch.setattr(layer_bench, "environment", lambda: {**real(), "processor": "another"})
     LayerBench(CPU, 1, 0.1, tmp_path).ratios(forms)
     assert len(list(tmp_path.iterdir())) == 3 * known
+
+
+def test_types_have_times_of_their_own(forms):
+    module, made = network().double(), ticket()
+    module.load_state_dict(made.masked_weights())
+    doubled = layer_forms(module, made.masks, (), (X.double(),))
+    assert [form.dtype for form in doubled] == [torch.float64] * 3
+    for form, other in zip(forms, doubled, strict=True):
+        assert {**form.description(), "dtype": "torch.float64"} == other.description() != form.description()
+
+
+def test_layers_are_exported_with_inputs_of_their_own_type(monkeypatch, tmp_path):
+    module, made = network().double(), ticket()
+    module.load_state_dict(made.masked_weights())
+    seen = []
+    monkeypatch.setattr(layer_bench, "export_pieces", lambda modules, inputs, folder: seen.append(inputs) or {})
+    LayerBench(CPU, 1, 0.1, None)._files({"k": layer_forms(module, made.masks, (), (X.double(),))[0]}, tmp_path)
+    assert {name: x.dtype for name, x in seen[0].items()} == {"dense k": torch.float64, "packed k": torch.float64}
+
+
+@pytest.mark.parametrize("limit", [1, 3000, 10**6])
+def test_pieces_are_exported_a_few_at_a_time(monkeypatch, tmp_path, limit):
+    monkeypatch.setattr(pieces, "BYTES_AT_ONCE", limit)
+    exports = []
+    real = pieces.export_onnx
+    monkeypatch.setattr(pieces, "export_onnx", lambda *given: exports.append(len(given[1])) or real(*given))
+    modules = {name: nn.Linear(16, 16).eval() for name in "abc"}
+    inputs = {name: torch.randn(2, 16) for name in modules}
+    files = pieces.export_pieces(modules, inputs, tmp_path)
+    assert exports == {1: [1, 1, 1], 3000: [2, 1], 10**6: [3]}[limit]
+    assert len({file.path for file in files.values()}) == 3
+    for name, module in modules.items():
+        found = onnxruntime.InferenceSession(files[name].path).run(None, {"input": inputs[name].numpy()})[0]
+        assert torch.allclose(torch.from_numpy(found), module(inputs[name]), atol=1e-5)
 
 
 def test_a_ticket_is_timed_and_the_choice_is_loaded_again(tmp_path):
