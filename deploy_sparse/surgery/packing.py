@@ -167,7 +167,7 @@ def packing_of(mask: torch.Tensor, *, tile: int = 16, form: Form | None = None) 
 
     Args:
         mask: bool, ``[c_out, c_in]`` or ``[c_out, c_in, kh, kw]``; True survives.
-        tile: multiple that sizes are padded up to; convolutions of other widths run at about half the speed.
+        tile: multiple that sizes are padded up to; vector kernels work on so many at a time.
         form: see :class:`Packing`.
 
     Raises:
