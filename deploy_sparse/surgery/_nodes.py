@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 
 class Node:
-    """An operation, or a tensor from outside; much quicker to make than a node of ``torch.fx``, and in no cycle.
+    """An operation, or a tensor from outside. Unlike a node of ``torch.fx`` it knows no graph, so it is in no cycle.
 
     Attributes:
         op: ``"placeholder"``, ``"call_function"`` or ``"output"``.

@@ -46,7 +46,7 @@ def with_tensors(
 
 
 def parts_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """What :meth:`torch.nn.Module.named_modules` gives, in a fraction of the time."""
+    """What :meth:`torch.nn.Module.named_modules` gives, read from the modules themselves."""
     found: dict[int, tuple[str, nn.Module]] = {}
     _enter("", module, found)  # no closure, which would hold on to the modules
     return list(found.values())

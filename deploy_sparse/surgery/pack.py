@@ -223,8 +223,7 @@ def packed(network: nn.Module, how: Arranged) -> nn.Module:
         put(made, entry.module, spread(made.get_submodule(entry.module), entry.places))
     for pack in how.packs:
         layer: Any = made.get_submodule(pack.module)
-        kind = PackedLinear if isinstance(layer, nn.Linear) else PackedConv2d
-        put(made, pack.module, kind.of(layer, pack.packing))
+        put(made, pack.module, _kind(layer).of(layer, pack.packing))
     return made
 
 
@@ -232,8 +231,11 @@ def shells_(network: nn.Module, packs: Sequence[Pack]) -> None:
     """Put packed layers without memory in the place of a narrowed network's layers."""
     for pack in packs:
         layer: Any = network.get_submodule(pack.module)
-        kind = PackedLinear if isinstance(layer, nn.Linear) else PackedConv2d
-        put(network, pack.module, kind.shell(layer, pack.packing))
+        put(network, pack.module, _kind(layer).shell(layer, pack.packing))
+
+
+def _kind(layer: nn.Module) -> Any:
+    return PackedLinear if isinstance(layer, nn.Linear) else PackedConv2d
 
 
 def with_packed_layers(
