@@ -19,6 +19,7 @@ from safetensors.torch import save as bytes_from_tensors
 
 from . import artifact
 from .errors import ArtifactError, TicketError, nearest
+from .flags import any_along, masked
 from .masked import masked_state
 from .structure import Blocks, Channels, Dense, Unstructured, density, structure_of
 from .ties import retied, ties, untied
@@ -135,7 +136,7 @@ class Ticket:
         aliases = ties(self.weights)
         masks = {aliases.get(name, name): mask for name, mask in self.masks.items()}
         once = {
-            name: torch.where(masks[name], weight, weight.new_zeros(())) if name in masks else weight
+            name: masked(weight, masks[name]) if name in masks else weight
             for name, weight in untied(self.weights, aliases).items()
         }
         return {name: once[aliases.get(name, name)] for name in self.weights}
@@ -259,7 +260,7 @@ class Ticket:
                 expected="a mask shaped like its weight",
                 fix="make the mask from this network's own weights",
             )
-        if mask.dim() > 1 and not bool(mask.any()):
+        if mask.dim() > 1 and not bool(any_along(mask)):
             raise TicketError(
                 f"layer {name!r} has no channel left: its mask keeps nothing",
                 expected="at least one surviving channel in every layer",

@@ -191,7 +191,7 @@ def _mix(ledger: Ledger, node: Node, value: Value, dim: int, laid: _Layout) -> V
     hidden = constant.isnan() | (constant != 0) if laid.bends else constant.isnan()
     varies = ~known.silent_rows
     if not bool(hidden.all()):
-        varies = rows_reading(weight, *key[1:], hidden, known.silent_rows)
+        varies = rows_reading(weight, *key[1:], hidden & ~known.ignored, known.silent_rows)
     shift = contribution(weight, *key[1:], torch.where(hidden, 0.0, constant), ~varies & ~known.silent_rows)
     result = torch.where(varies, torch.nan, shift)
     shape = node.meta["val"].shape

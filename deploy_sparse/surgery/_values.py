@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class Value:
     def shape(self) -> torch.Size:
         return self.atoms.shape
 
-    @property
+    @cached_property
     def tracked(self) -> bool:
         return bool((lean(self.atoms) >= 0).any())
 
@@ -61,10 +62,10 @@ def unknown_constant(shape: Sequence[int]) -> torch.Tensor:
 
 def lean(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` with size 1 along each axis on which it is only repeated."""
-    for dim in range(tensor.dim()):
-        if tensor.stride(dim) == 0 and tensor.size(dim) > 1:
-            tensor = tensor.narrow(dim, 0, 1)
-    return tensor
+    strides = tensor.stride()
+    if 0 not in strides:
+        return tensor
+    return tensor.as_strided([min(n, 1) if s == 0 else n for n, s in zip(tensor.shape, strides, strict=True)], strides)
 
 
 def compressed(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..flags import any_along, nonzero
+
 Part = tuple[int, int] | None
 
 
@@ -29,8 +31,8 @@ def used(weight: torch.Tensor, groups: int, transposed: bool, part: Part = None)
     blocks = matrices(weight, groups, transposed, part)
     if weight.is_meta:  # unknown
         return torch.ones(blocks.shape[:3], dtype=torch.bool)
-    nonzero = blocks != 0
-    return nonzero.squeeze(-1) if nonzero.shape[-1] == 1 else nonzero.any(dim=-1)
+    entries = nonzero(blocks)
+    return entries.squeeze(-1) if entries.shape[-1] == 1 else any_along(entries, -1)
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,11 @@ class Usage:
 
 def usage(weight: torch.Tensor, groups: int, transposed: bool, part: Part = None) -> Usage:
     """What the weight does not use."""
-    entries = used(weight, groups, transposed, part)
-    return Usage(~entries.any(dim=2).reshape(-1), ~entries.any(dim=1).reshape(-1))
+    blocks = matrices(weight, groups, False, part)  # as they lie in memory
+    entries = torch.ones(blocks.shape, dtype=torch.bool) if weight.is_meta else nonzero(blocks)
+    first, second = any_along(entries, 2, 3), any_along(any_along(entries, 1), -1)
+    rows, columns = (second, first) if transposed else (first, second)
+    return Usage(~rows.reshape(-1), ~columns.reshape(-1))
 
 
 def rows_reading(
@@ -60,17 +65,21 @@ def rows_reading(
     chosen = columns.reshape(groups, -1)  # [groups, columns]
     if weight.is_meta:
         return chosen.any(dim=1).repeat_interleave(blocks.shape[1])
-    found = torch.zeros(blocks.shape[:2], dtype=torch.bool)  # [groups, rows]
-    for number in range(groups):
-        waiting = (~silent_rows.reshape(groups, -1)[number]).nonzero().flatten()
-        places = chosen[number].nonzero().flatten()
-        # A few columns decide for nearly all rows, so that the whole weight is rarely looked at.
-        for some in (places[:_SAMPLE], places[_SAMPLE:]):
-            if len(waiting) and len(some):
-                reads = (blocks[number][waiting][:, some] != 0).flatten(1).any(dim=1)
-                found[number, waiting[reads]] = True
-                waiting = waiting[~reads]
-    return found.reshape(-1)
+    if groups > 1:  # small matrices
+        return any_along(nonzero(blocks) & chosen[:, None, :, None], 2, 3).reshape(-1)
+    found = torch.zeros_like(silent_rows)
+    waiting, places = (~silent_rows).nonzero().flatten(), chosen[0].nonzero().flatten()
+    # A few columns decide for nearly all rows, so that the whole weight is rarely looked at.
+    for some in (places[:_SAMPLE], places[_SAMPLE:]):
+        if len(waiting) and len(some):
+            smaller = ((1, some), (0, waiting)) if len(some) < len(waiting) else ((0, waiting), (1, some))
+            read = blocks[0]
+            for dim, positions in smaller:
+                read = read.index_select(dim, positions)
+            reads = any_along(nonzero(read), 1, 2)
+            found[waiting[reads]] = True
+            waiting = waiting[~reads]
+    return found
 
 
 _SAMPLE = 4

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..flags import any_along
 from ._axes import Leak, Ledger, Mixing, NormUse, Read
 from ._layer_rules import leaks_through
 from ._weights import used
@@ -87,7 +88,7 @@ class _ReadStep:
             read = self.read
             entries = used(self.weight.cpu(), read.groups, read.transposed, read.part)  # [groups, ro, ci]
             chosen = entries & torch.from_numpy(rows).reshape(read.groups, -1, 1)
-            self.seen = (key, chosen.any(dim=1).reshape(-1).numpy())
+            self.seen = (key, any_along(chosen, 1).reshape(-1).numpy())
         return self.seen[1]
 
     def spread_(self, needed: Bools) -> None:

@@ -61,13 +61,22 @@ def pick(tensor: torch.Tensor, cuts: Collection[Cut]) -> torch.Tensor:
     if tensor.is_meta and sizes:
         smaller = tensor.new_empty([sizes.get(dim, n) for dim, n in enumerate(tensor.shape)])
     else:
-        for cut in cuts:
-            kept = torch.tensor(cut.kept, dtype=torch.int64, device=tensor.device)
-            smaller = smaller.index_select(cut.dim, kept)
+        kept = {cut.dim: torch.tensor(cut.kept, dtype=torch.int64, device=tensor.device) for cut in cuts}
+        if kept.keys() == {0, 1} and tensor.numel() > _LARGE:
+            smaller = torch.cat(
+                [tensor.index_select(0, rows).index_select(1, kept[1]) for rows in torch.split(kept[0], _ROWS)]
+            )
+        else:
+            for dim, positions in kept.items():
+                smaller = smaller.index_select(dim, positions)
     for rank, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if tensor.dim() == rank and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=layout):
             smaller = smaller.contiguous(memory_format=layout)
     return smaller
+
+
+_LARGE = 1 << 22  # numbers of a tensor whose rows are picked a few at a time, which stay in the cache
+_ROWS = 64
 
 
 def _create_bias_(module: nn.Module, fold: Fold, values: Replace | None) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from .. import artifact
 from ..errors import SurgeryError, TicketError
+from ..flags import all_along, any_along, nonzero
 from ..ticket import ModelRef, Ticket
 from ..ties import ties
 from ._nodes import Node
@@ -312,7 +313,7 @@ def _started(weight: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """A weight of nothing but zeros is a start, as of positions and residual branches: what no mask took counts."""
     if weight.dim() < 2 or weight.is_meta or not weight.is_floating_point():
         return weight
-    if bool(weight[:, :1].any()) or any(bool(row.any()) for row in weight):  # most show it at once
+    if any(bool(any_along(nonzero(x))) for x in (weight[:1], weight[:, :1], weight)):  # most show it at once
         return weight
     unknown = torch.full_like(weight, torch.nan)
     return unknown if mask is None else torch.where(mask.to(weight.device), unknown, weight)
@@ -346,9 +347,17 @@ def _layers(dense: nn.Module, compact: nn.Module) -> tuple[Layer, ...]:
 
 
 def _partly_filled(ticket: Ticket, cuts: tuple[Cut, ...]) -> dict[str, float]:
-    masks = {name: mask for name, mask in ticket.masks.items() if mask.dim() > 1}
+    own: dict[str, dict[int, torch.Tensor]] = {}
     for cut in cuts:
-        if cut.name in masks:
-            masks[cut.name] = masks[cut.name].index_select(cut.dim, torch.tensor(cut.kept))
-    shares = {name: int(mask.count_nonzero()) / max(1, mask.numel()) for name, mask in masks.items()}
+        own.setdefault(cut.name, {})[cut.dim] = torch.tensor(cut.kept)
+    shares = {name: _share(x, own.get(name, {})) for name, x in ticket.masks.items() if x.dim() > 1}
     return {name: round(share, 6) for name, share in shares.items() if share < 1}
+
+
+def _share(mask: torch.Tensor, kept: Mapping[int, torch.Tensor]) -> float:
+    """Part of a mask that is True at the positions that stay."""
+    for dim, positions in sorted(kept.items(), key=lambda entry: entry[0]):
+        if dim and bool(all_along(mask, 0).index_select(dim - 1, positions).all()):
+            return 1.0  # most are; along the other axes picking takes long
+        mask = mask.index_select(dim, positions)
+    return int(mask.count_nonzero()) / max(1, mask.numel())
