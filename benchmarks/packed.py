@@ -3,6 +3,7 @@
 * ``layers``: 3×3 convolutions whose blocks are disjoint, equal, or free, against the dense layer. ``alone`` looks its
   channels up on both sides; ``inside`` leaves to its neighbours what they can take, as in a network.
 * ``networks``: one-shot block tickets (no training) of whole networks, packed in full, against the dense network.
+  Layers that write into one residual stream divide their rows alike, but for one form.
 * ``planner``: the same tickets, and channel tickets, through ``format="auto"``, against the dense network.
 
 Everything packed is proven equal to the masked layer or network before it is timed. Subjects alternate with the dense
@@ -21,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -43,8 +44,9 @@ from deploy_sparse.tune.formats import choose_format
 
 LAYERS = ((128, 28), (256, 14), (512, 7), (256, 8), (512, 4))  # channels, height and width
 NETWORKS = ("resnet18:32", "torchvision/resnet18:224", "torchvision/resnet50:224")
-ZOO = ("resnet18:32", "resnet20:32", "vgg16_bn:32", "mobilenet_v1:32", "torchvision/resnet18:224")
+ZOO = (*(f"{name}:{entry.input_shape[1]}" for name, entry in zoo.ZOO.items()), *NETWORKS[1:])
 FORMS = ("disjoint", "equal", "free")
+WHOLE = ("disjoint", "equal", "equal, each layer for itself")  # blocks of whole networks
 PARTS = (2, 4, 8)  # blocks of a layer, and one over its density
 SPARSITIES = (0.3, 0.5, 0.75, 0.9)
 GOALS = {2: 0.92, 4: 0.92, 8: 0.88}
@@ -133,7 +135,7 @@ def network_rows(bench: Bench, done: set[str]) -> Iterator[Row]:
     """Whole networks, every layer that has blocks packed."""
     for network in NETWORKS:
         for parts in PARTS:
-            for form in ("disjoint", "equal"):
+            for form in WHOLE:
                 key = f"network {network} {form} {parts}"
                 if key not in done:
                     yield {"key": key, **_network(bench, network, form, parts)}
@@ -166,9 +168,9 @@ def _what(made: Compact) -> Row:
 
 def planner_rows(bench: Bench, done: set[str]) -> Iterator[Row]:
     """What ``format="auto"`` makes of one-shot tickets."""
-    for network in ZOO:
-        for sparsity in SPARSITIES:
-            for pattern in ("blocks", "channels"):
+    for pattern in ("blocks", "channels"):
+        for network in ZOO:
+            for sparsity in SPARSITIES:
                 key = f"planner {network} {pattern} {sparsity}"
                 if key not in done:
                     yield {"key": key, **_planned(bench, network, pattern, sparsity)}
@@ -176,7 +178,7 @@ def planner_rows(bench: Bench, done: set[str]) -> Iterator[Row]:
 
 def _planned(bench: Bench, network: str, pattern: str, sparsity: float) -> Row:
     factory, inputs = subject(network)
-    rule = RegroupRule("budget", columns="channel", density=1 - sparsity, tile=64, multiple=16)
+    rule = RegroupRule("budget", "channel", "equal", density=1 - sparsity, tile=16, multiple=16, coupling="group")
     model = factory()
     if pattern == "blocks":
         ticket = oneshot_ticket(model, inputs, "blocks", sparsity, rule=rule)
@@ -204,15 +206,19 @@ def subject(network: str) -> tuple[Callable[[], nn.Module], torch.Tensor]:
         torch.manual_seed(0)
         return zoo.build(name).eval()
 
-    return factory, torch.randn(2, 3, int(size), int(size), generator=torch.Generator().manual_seed(0))
+    channels = zoo.ZOO[name].input_shape[0] if name in zoo.ZOO else 3
+    return factory, torch.randn(2, channels, int(size), int(size), generator=torch.Generator().manual_seed(0))
 
 
 def block_ticket(network: str, form: str, parts: int) -> Ticket:
     """A one-shot ticket of blocks of whole input channels."""
     factory, inputs = subject(network)
-    rule = RegroupRule(blocks=form, columns="channel", parts=parts)  # type: ignore[arg-type]
-    if form == "equal":
-        rule = RegroupRule("budget", "channel", "equal", parts=parts, density=1 / parts, tile=64, multiple=16)
+    coupling: Literal["layer", "group"] = "layer" if "itself" in form else "group"
+    rule = RegroupRule(blocks="disjoint", columns="channel", parts=parts, tile=16, coupling=coupling)
+    if form != "disjoint":
+        rule = RegroupRule(
+            "budget", "channel", "equal", parts=parts, density=1 / parts, tile=16, multiple=16, coupling=coupling
+        )
     ticket = oneshot_ticket(factory(), inputs, "blocks", 1 - 1 / parts, rule=rule)
     return replace(ticket, model=ModelRef("user factory", {}))
 
@@ -252,7 +258,7 @@ def plots(rows: list[Row]) -> tuple[LinePlot, ...]:
     for part, subject_key, measured in (("layers", "layer", "inside"), ("networks", "network", "packed")):
         for name in dict.fromkeys(row[subject_key] for row in rows if row["part"] == part):
             own = [row for row in rows if row["part"] == part and row[subject_key] == name]
-            lines = [_line(form, [r for r in own if r["form"] == form], measured) for form in FORMS]
+            lines = [_line(form, [r for r in own if r["form"] == form], measured) for form in (*FORMS, WHOLE[2])]
             ideal = tuple((100 * (1 - 1 / ratio), ratio) for ratio in (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0))
             series = (Series("ideal", ideal), *(line for line in lines if line.points))
             note = "Ideal: one over the share of weights left in blocks." if part == "layers" else _IDEAL

@@ -37,6 +37,7 @@ from .surgery.program import load_program as load_program_file
 from .ticket import ModelRef, Provenance, Ticket
 from .ties import copied
 from .tune.formats import choose_format
+from .tune.layer_bench import layer_times_folder
 
 Factory = Callable[[], torch.nn.Module]
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -55,6 +56,7 @@ def compact(
     example_inputs: tuple[torch.Tensor, ...] | None = None,
     format: Literal["auto", "dense", "channels", "packed"] = "channels",
     target: str | Path | Config | None = None,
+    batch: int | Sequence[int] | None = None,
     norms: Norms = "exact",
     shortcuts: Shortcuts = "union",
 ) -> Compact:
@@ -68,13 +70,15 @@ def compact(
         format: ``"channels"`` removes channels. ``"packed"`` runs layers whose masks are blocks as blocks besides.
             ``"dense"`` leaves the masked network as it is. ``"auto"`` times all of them on the target, which must run
             here, layer by layer and as a whole, and takes the fastest, the dense network unless another beats it; the
-            plan's ``choice`` says what was timed.
+            plan's ``choice`` says what was timed. Times of layers are kept in the user's cache folder, or in the one
+            that the environment variable ``DEPLOY_SPARSE_LAYER_TIMES`` names (``off``: nowhere).
         target: a target's name or file: kept widths are rounded up to the multiple that the target likes, by dead
             channels that stay.
         norms: ``"exact"``: channels that a LayerNorm, RMSNorm or GroupNorm counts may go, and a norm that keeps
             counting them takes its place. ``"leave"``: such channels stay.
-        shortcuts: ``"union"``: all layers that write into a shortcut keep the channels that any of them writes.
-            ``"spread"``: a layer leaves out its rows of zeros and looks them up, which costs a copy of its output.
+        shortcuts: ``"union"``: all layers that write into a shortcut keep the channels that any of them writes;
+            ``"auto"`` tries ``"spread"`` too. ``"spread"``: a layer leaves out its rows of zeros and looks them up,
+            which costs a copy of its output.
 
     Returns:
         the compact network (``.module``, in evaluation mode), the plan (``.plan``) and the verification (``.parity``).
@@ -82,11 +86,19 @@ def compact(
     Raises:
         TicketError: the ticket does not fit the network, or no factory is known.
         SurgeryError: the network cannot be traced, or the result is not equal.
-        ConfigError: unknown format, target, norms or shortcuts.
+        ExportError, BuildError, MissingDependencyError: for ``"auto"``, the dense network cannot be built.
+        ConfigError: unknown format, target, norms or shortcuts; a batch without ``"auto"``, or that the target does not
+            take; a target that does not run here for ``"auto"``.
     """
     _refuse_unknown("norms", norms, get_args(Norms))
     _refuse_unknown("shortcuts", shortcuts, get_args(Shortcuts))
     _refuse_unknown("format", format, ("auto", *get_args(Format)))
+    if batch is not None and format != "auto":
+        raise ConfigError(
+            f"batch {batch} with format {format!r}",
+            expected="a batch with format 'auto' only, which times at it",
+            fix="leave it out: a compact network runs at any batch",
+        )
     ticket = ticket if isinstance(ticket, Ticket) else Ticket.load(ticket)
     factory = factory or zoo_factory(ticket.model, "deploy_sparse.compact(ticket, factory=…) in Python")
     found: Any = load_target(target) if isinstance(target, str | Path) else target
@@ -97,7 +109,17 @@ def compact(
                 expected="the target to time on",
                 fix="name one that runs here (--target cpu), or choose the format 'channels' or 'packed'",
             )
-        return choose_format(ticket, factory, found, example_inputs, norms=norms, shortcuts=shortcuts)[0]
+        batches = found.batch.opt if batch is None else batch
+        return choose_format(
+            ticket,
+            factory,
+            found,
+            example_inputs,
+            batch=batches,
+            norms=norms,
+            shortcuts=shortcuts,
+            cache=layer_times_folder(),
+        )[0]
     multiple = 1 if found is None else found.width_multiple
     return compact_ticket(
         ticket, factory, example_inputs, format=format, multiple=multiple, norms=norms, shortcuts=shortcuts

@@ -24,6 +24,8 @@ What to turn:
 * ``regroup.columns``: ``position`` (single kernel positions, as published) or ``channel`` (whole input channels).
 * ``regroup.blocks``: ``free``; ``equal``, so that a layer is one gather and one grouped convolution; ``disjoint``, so
   that the gather is a permutation.
+* ``regroup.coupling``: with ``group`` the layers that write into one residual stream divide their rows alike, so that
+  none of them has to put its rows back into order; for blocks of equal sizes.
 * ``regroup.tile``: rows of a block come in multiples of 16, 32 or 64. ``regroup.empty``: a layer that finds no block
   stays ``dense``, or ``prune`` leaves it its smallest block.
 * ``imp.source``, ``imp.group_aware``, ``imp.rewind``, ``imp.retrain``: as for ``imp_refill``.
@@ -74,6 +76,7 @@ class RegroupConfig(Config):
     tile: Literal[16, 32, 64] = Field(32, description="rows of a block come in multiples of this")
     multiple: int = Field(1, ge=1, description="columns of a block come in multiples of this")
     empty: Literal["dense", "prune"] = Field("dense", description="what becomes of a layer without a block")
+    coupling: Literal["layer", "group"] = Field("layer", description="group: residual streams divide their rows alike")
     silent: bool = Field(True, description="false: leave BatchNorm and the readers of empty rows live")
     tolerance: float = Field(
         0.005, ge=0, lt=1, description="validation accuracy that may be lost when choosing a round"

@@ -19,6 +19,14 @@ def _structured_torch_logs_stay_out_of_pytest():
     logger.propagate = before
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _layer_times_stay_out_of_the_users_cache(tmp_path_factory):
+    """What the planner times, it keeps in a folder of these tests, for their processes too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEPLOY_SPARSE_LAYER_TIMES", str(tmp_path_factory.mktemp("layer-times")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
     """(folder, JSON result) of a small run of imp_refill."""

@@ -13,7 +13,7 @@ from .plan_text import plan_text
 
 EXAMPLES = """  deploy-sparse compact runs/imp_refill-resnet_digits/ticket --out compact
   deploy-sparse compact my_ticket --target rtx-sm89 --out compact
-  deploy-sparse compact my_ticket --format auto --target cpu --out compact
+  deploy-sparse compact my_ticket --format auto --target cpu --batch 1 32 --out compact
 """
 
 
@@ -29,6 +29,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="channels: cut channels; packed: run blocks as blocks too; dense: as it is; auto: the fastest on --target",
     )
     parser.add_argument("--target", help="round widths up to the multiple this target likes; what auto times on")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        nargs="+",
+        help="batches auto times at: it wins at the first and loses at none; by default what the target is tuned for",
+    )
     parser.add_argument("--norms", default="exact", help="exact: channels that a norm counts may go; leave: they stay")
     parser.add_argument("--shortcuts", default="union", help="union: layers write what any of them writes; spread")
 
@@ -41,7 +47,12 @@ def execute(options: argparse.Namespace) -> int:
     if (source / "run.json").is_file() and (source / "ticket").is_dir():
         source = source / "ticket"
     made = compact(
-        source, format=options.format, target=options.target, norms=options.norms, shortcuts=options.shortcuts
+        source,
+        format=options.format,
+        target=options.target,
+        batch=options.batch,
+        norms=options.norms,
+        shortcuts=options.shortcuts,
     )
     folder = made.save(options.out, program=not options.no_program)
     found = artifact.read_json(folder / "plan.json")

@@ -9,16 +9,18 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..artifact import FORMAT_VERSION, digest_of, environment, write_artifact
 from ..errors import ArtifactError, BuildError, ConfigError
-from .entry import KIND, ONNX_FILE, PLAN_FILE, Engine, open_entry
+from .entry import KIND, ONNX_FILE, PLAN_FILE, PROGRAM_FILE, Engine, open_entry
+from .float_formats import check_precision, precision_of
 from .onnx_file import OnnxFile, float_types, parity_as_json, parse_graph, sidecar_path
-from .source import onnx_of
+from .source import module_of, onnx_of
 from .target import Target, load_target
 
-_PRECISIONS = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+if TYPE_CHECKING:
+    from ._torch_build import TorchProgram
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,15 @@ def build_engine(
 ) -> Engine:
     """Build an engine and return it, or return the verified one that an equal build left before.
 
-    The entry is the folder ``out/<name>-<target>-<key>``. The key is the hash of the ONNX bytes, the target, the
-    runtime's version and, for full TensorRT, the GPU: equal keys mean interchangeable engines. The manifest also
-    holds build time and environment, so the entry's own digest differs between two builds with one key. Compiled
-    bytes are not part of the key: TensorRT-RTX mostly repeats them, but not for every network and GPU generation.
+    The entry is the folder ``out/<name>-<target>-<key>``. The key is the hash of the ONNX bytes (for torch, of the
+    exported program), the target, the runtime's version and, for full TensorRT, the GPU: equal keys mean
+    interchangeable engines. The manifest also holds build time and environment, so the entry's own digest differs
+    between two builds with one key. Compiled bytes are not part of the key: TensorRT-RTX mostly repeats them, but not
+    for every network and GPU generation.
 
     Args:
-        subject: an ``nn.Module`` (or an object with one in ``.module``), a path of an ONNX file, or an ``OnnxFile``.
+        subject: an ``nn.Module`` (or an object with one in ``.module``), a path of an ONNX file, or an ``OnnxFile``;
+            for torch a module.
         target: a shipped name, the path of a TOML file, or a ``Target``.
         example_inputs: a tensor or a tuple of tensors, batch on axis 0; needed for a bare module, unused for an ONNX
             file; a compact network brings its own.
@@ -63,14 +67,13 @@ def build_engine(
     _check_out(out)
     require_runtime(wanted)
     maker = _maker(wanted)
-    with tempfile.TemporaryDirectory(prefix="deploy-sparse-") as scratch:
-        source = onnx_of(subject, example_inputs, Path(scratch) / ONNX_FILE)
-        graph = source.read()
+    source, graph = _source(subject, example_inputs, wanted)
+    form = "program" if wanted.runtime == "torch" else "onnx"
     batch = _batch_range(source, wanted)
     key = digest_of(
         {
             "format_version": FORMAT_VERSION,
-            "onnx": source.sha256,
+            form: source.sha256,
             "target": wanted.digest,
             "runtime": {wanted.runtime: maker.version},
             "gpu": maker.gpu,
@@ -82,14 +85,14 @@ def build_engine(
     started = time.perf_counter()
     payload, built, read_from = _compile(source, graph, wanted)
     seconds = time.perf_counter() - started
-    engine_file = PLAN_FILE if PLAN_FILE in payload else ONNX_FILE
+    engine_file = next(file for file in (PLAN_FILE, PROGRAM_FILE, ONNX_FILE) if file in payload)
     manifest = {
         "name": name,
         "key": key,
         "engine_file": engine_file,
         "bytes": len(payload[engine_file]),
-        "onnx_sha256": source.sha256,
-        "opset": source.opset,
+        f"{form}_sha256": source.sha256,
+        **({"opset": source.opset} if isinstance(source, OnnxFile) else {}),
         "target": wanted.model_dump(mode="json"),
         "target_digest": wanted.digest,
         "runtime": {"name": wanted.runtime, "version": maker.version},
@@ -121,7 +124,7 @@ def require_runtime(target: Target) -> None:
         MissingDependencyError: the target's library is not installed.
         BuildError: full TensorRT without a GPU.
     """
-    if target.on_gpu:
+    if target.on_gpu and target.runtime != "torch":  # a program is exported on the CPU
         from ._trt import builder_library
 
         builder_library(target)
@@ -159,7 +162,24 @@ def _check_out(out: Any) -> None:
         )
 
 
+def _source(subject: Any, example_inputs: Any, target: Target) -> tuple[OnnxFile | TorchProgram, bytes]:
+    """What the engine is made from, and its bytes."""
+    if target.runtime == "torch":
+        module, inputs = module_of(subject, example_inputs)
+        from ._torch_build import torch_program
+
+        program = torch_program(module, inputs, target)
+        return program, program.data
+    with tempfile.TemporaryDirectory(prefix="deploy-sparse-") as scratch:
+        source = onnx_of(subject, example_inputs, Path(scratch) / ONNX_FILE)
+        return source, source.read()
+
+
 def _maker(target: Target) -> _Maker:
+    if target.runtime == "torch":
+        from ._torch_build import VERSION
+
+        return _Maker(VERSION, None)
     if not target.on_gpu:
         from . import _ort
 
@@ -171,7 +191,7 @@ def _maker(target: Target) -> _Maker:
     return _Maker(version, {"name": gpu.name, "capability": gpu.capability} if gpu else None)
 
 
-def _batch_range(source: OnnxFile, target: Target) -> dict[str, int]:
+def _batch_range(source: OnnxFile | TorchProgram, target: Target) -> dict[str, int]:
     for spec in source.inputs:
         for axis, extent in enumerate(spec.shape[1:], start=1):
             if isinstance(extent, str):
@@ -186,36 +206,26 @@ def _batch_range(source: OnnxFile, target: Target) -> dict[str, int]:
     return {"min": int(fixed), "opt": int(fixed), "max": int(fixed)}
 
 
-def _compile(source: OnnxFile, graph: bytes, target: Target) -> tuple[dict[str, bytes], str, str]:
+def _compile(source: OnnxFile | TorchProgram, graph: bytes, target: Target) -> tuple[dict[str, bytes], str, str]:
     """Payload files, the precision built, and where it was read."""
+    if not isinstance(source, OnnxFile):
+        border = "" if target.precision == "fp32" else " between its float32 inputs and outputs"
+        where = f"the torch program, every tensor{border}"
+        return {PROGRAM_FILE: graph}, precision_of(source.float_types), where
     types = float_types(parse_graph(source.path, graph))
-    _check_precision(types, target, "the ONNX graph")
+    check_precision(types, target, "the ONNX graph")
     payload = {ONNX_FILE: graph, sidecar_path(Path(ONNX_FILE)).name: _sidecar_bytes(source)}
     if not target.on_gpu:
         from ._ort import OrtSession
 
         OrtSession(graph, target.threads).close()  # refuses operators it does not have
-        return payload, _precision(types), "the ONNX graph, every tensor"
+        return payload, precision_of(types), "the ONNX graph, every tensor"
     from ._trt import compile_onnx
 
     compiled = compile_onnx(graph, target, source.inputs)
-    _check_precision(compiled.float_types, target, "the parsed network")
+    check_precision(compiled.float_types, target, "the parsed network")
     payload[PLAN_FILE] = compiled.plan
-    return payload, _precision(compiled.float_types), "the parsed, strongly typed network, every layer output"
-
-
-def _check_precision(types: frozenset[str], target: Target, where: str) -> None:
-    built = _precision(types)
-    if types and built != target.precision:
-        raise BuildError(
-            f"asked for {target.precision}, but {where} is {built}",
-            expected=f"{target.precision} throughout",
-            fix="convert the module before the build: module.float()",
-        )
-
-
-def _precision(types: frozenset[str]) -> str:
-    return " + ".join(sorted(_PRECISIONS.get(name, name) for name in types)) or "no floating point"
+    return payload, precision_of(compiled.float_types), "the parsed, strongly typed network, every layer output"
 
 
 def _sidecar_bytes(source: OnnxFile) -> bytes:

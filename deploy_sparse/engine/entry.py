@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 KIND = "engine"
 ONNX_FILE = "model.onnx"
 PLAN_FILE = "model.engine"
+PROGRAM_FILE = "model.pt2"
 REMAKE = "deploy-sparse build SUBJECT --target NAME"
 
 
@@ -27,7 +28,8 @@ class Engine:
     """A built engine. Values come from the verified manifest; opening it is :meth:`open`.
 
     Attributes:
-        folder: the entry: ``model.onnx``, ``model.engine`` (TensorRT flavours) and ``engine.json``.
+        folder: the entry: ``model.onnx``, ``model.engine`` (TensorRT flavours) and ``engine.json``; for torch
+            ``model.pt2`` and ``engine.json``.
         manifest: content of ``engine.json``.
         target: what it was built for.
         cached: whether :func:`build_engine` found it instead of building it.
@@ -40,7 +42,7 @@ class Engine:
 
     @property
     def path(self) -> Path:
-        """The file that runs: ``model.onnx`` for the CPU, ``model.engine`` for TensorRT flavours."""
+        """The file that runs: ``model.onnx`` in ONNX Runtime, ``model.engine`` in TensorRT, ``model.pt2`` in torch."""
         return self.folder / str(self.manifest["engine_file"])
 
     @property
@@ -61,14 +63,19 @@ class Engine:
     def build_command(self, target: str | None = None) -> str:
         """The shell command that builds this engine's own ONNX file again, for its own target or another shipped one.
 
-        Where its own target is not a shipped one, FILE stands for it in the command, and a note says what that is.
+        Where its own target is not a shipped one, FILE stands for it in the command, and a note says what that is. A
+        torch engine holds no ONNX file: SUBJECT stands for the network that it was built from.
         """
-        name, note = target or self.target.name, ""
+        name, notes, subject = target or self.target.name, [], str(self.folder / ONNX_FILE)
+        if self.target.runtime == "torch":
+            subject = "SUBJECT"
+            notes.append("SUBJECT: the ticket or compact network that it was built from")
         if name == self.target.name and not self._is_shipped():
-            note = f" (FILE: a TOML file of target {name!r}, with the values that {KIND}.json has under 'target')"
+            notes.append(f"FILE: a TOML file of target {name!r}, with the values that {KIND}.json has under 'target'")
             name = "FILE"
-        words = ["deploy-sparse", "build", str(self.folder / ONNX_FILE), "--target", name]
-        return shlex.join([*words, "--out", str(self.folder.parent), "--name", str(self.manifest["name"])]) + note
+        words = ["deploy-sparse", "build", subject, "--target", name]
+        words += ["--out", str(self.folder.parent), "--name", str(self.manifest["name"])]
+        return shlex.join(words) + (f" ({'; '.join(notes)})" if notes else "")
 
     def _is_shipped(self) -> bool:
         name = self.target.name
@@ -78,7 +85,10 @@ class Engine:
         """None when the engine can run on this machine, otherwise the reason why not."""
         if not self.target.on_gpu:
             return None
-        from ._trt import obstacle
+        from ._trt import local_gpu, obstacle
+
+        if self.target.runtime == "torch":
+            return None if local_gpu() else "compiled, not timed here: no NVIDIA GPU"
 
         found = obstacle(self.manifest)
         if found is None:
@@ -103,9 +113,10 @@ def open_entry(path: str | Path) -> Engine:
     manifest = {**found.body, "digest": found.digest, "files": found.files}
     try:
         engine = Engine(found.folder, manifest, config_from(Target, manifest["target"], source=str(found.folder)))
-        if manifest["engine_file"] not in (ONNX_FILE, PLAN_FILE) or not {manifest["engine_file"], ONNX_FILE} <= {
-            *found.files
-        }:
+        torch = engine.target.runtime == "torch"
+        if manifest["engine_file"] not in ((PROGRAM_FILE,) if torch else (ONNX_FILE, PLAN_FILE)):
+            raise KeyError("engine_file")
+        if not {manifest["engine_file"], PROGRAM_FILE if torch else ONNX_FILE} <= {*found.files}:
             raise KeyError("engine_file")
         _ = (engine.inputs, engine.outputs, engine.batch_range, manifest["runtime"]["name"])
         _ = (manifest["runtime"]["version"], manifest["compute_capabilities"], manifest["gpu"], manifest["key"])

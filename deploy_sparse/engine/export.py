@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..artifact import write_bytes, write_json
 from ..errors import ArtifactError, DeploySparseError, ExportError
 from ..exporting import eval_mode, quiet
+from .lookups import lookups_last
 from .onnx_file import OnnxFile, describe_graph, parse_graph, sidecar_path
 from .parity import check_parity, tensors_of, with_batch
 
@@ -51,7 +52,8 @@ def export_onnx(
             expected="where to write the ONNX file",
             fix="give for example 'model.onnx'",
         )
-    inputs = _checked_inputs(network, example_inputs)
+    inputs = checked_inputs(network, example_inputs)
+    _check_size(network)
     path = Path(path)
     with eval_mode(network):
         model = _graph_of(network, with_batch(inputs, max(2, inputs[0].shape[0])))
@@ -70,7 +72,7 @@ def export_onnx(
         found = replace(
             described,
             parameters=sum(p.numel() for p in network.parameters()),
-            macs=_macs(network, inputs),
+            macs=macs_of(network, inputs),
             parity=parity,
         )
     _write(found, data)
@@ -94,7 +96,12 @@ def as_module(subject: nn.Module | Any) -> nn.Module:
     )
 
 
-def _checked_inputs(network: nn.Module, given: Any) -> tuple[torch.Tensor, ...]:
+def checked_inputs(network: nn.Module, given: Any) -> tuple[torch.Tensor, ...]:
+    """Example inputs as a tuple, on the network's device.
+
+    Raises:
+        ExportError: no tensors, or without one batch size on axis 0.
+    """
     inputs = tuple(given) if isinstance(given, tuple | list) else () if given is None else (given,)
     if not inputs or not all(isinstance(tensor, torch.Tensor) for tensor in inputs):
         kinds = ", ".join(type(tensor).__name__ for tensor in inputs) or "nothing"
@@ -111,6 +118,11 @@ def _checked_inputs(network: nn.Module, given: Any) -> tuple[torch.Tensor, ...]:
             expected="one batch size of at least 1 on axis 0 of every input",
             fix="add the batch axis: tensor[None]",
         )
+    devices = [tensor.device for tensor in (*network.parameters(), *network.buffers())]
+    return tuple(tensor.to(devices[0]) if devices else tensor for tensor in inputs)
+
+
+def _check_size(network: nn.Module) -> None:
     size = sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))
     if size > SIZE_LIMIT:
         raise ExportError(
@@ -118,8 +130,6 @@ def _checked_inputs(network: nn.Module, given: Any) -> tuple[torch.Tensor, ...]:
             expected=f"at most {SIZE_LIMIT / 1e9:.2f} GB, the limit of one ONNX file",
             fix="export the network in parts",
         )
-    devices = [tensor.device for tensor in (*network.parameters(), *network.buffers())]
-    return tuple(tensor.to(devices[0]) if devices else tensor for tensor in inputs)
 
 
 def _graph_of(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> onnx.ModelProto:
@@ -149,7 +159,7 @@ def _graph_of(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> onnx.Mode
             raise _unexportable(network, problem) from problem
     if exported is None:
         raise _unexportable(network, RuntimeError("the exporter returned nothing"))
-    return _plain(exported.model_proto)
+    return lookups_last(_plain(exported.model_proto))
 
 
 def _outputs(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
@@ -212,7 +222,7 @@ def _checked(path: Path, data: bytes) -> onnx.ModelProto:
         ) from problem
 
 
-def _macs(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
+def macs_of(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
     """Multiply-accumulates of one sample: convolutions and matrix products, as PyTorch's own counter sees them."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(*with_batch(inputs, 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from ..errors import BuildError, ExportError
 from ._ort import OrtSession
 from .onnx_file import Parity
-from .tensors import TensorSpec
+from .tensors import Feeds, TensorSpec
 
 TOLERANCE = 1e-4  # of the largest output magnitude; a correct fp32 graph stays near 1e-6
 
@@ -65,15 +65,40 @@ def check_parity(
             expected="a float32 module of operators that ONNX Runtime has",
             fix="convert it first: module.float(); or replace the operator it names",
         ) from problem
+    return compare_outputs(module, session.run, inputs, specs, batches)
+
+
+def compare_outputs(
+    module: torch.nn.Module,
+    run: Callable[[Feeds], Mapping[str, np.ndarray]],
+    inputs: Sequence[torch.Tensor],
+    specs: Sequence[TensorSpec],
+    batches: Sequence[int],
+    *,
+    runtime: str = "ONNX Runtime",
+    tolerance: float | None = TOLERANCE,
+) -> Parity:
+    """Run module (in its present mode) and ``run`` on the same rows at each batch size.
+
+    Args:
+        run: from arrays by input name to arrays in the order of the module's outputs.
+        inputs, specs, batches: as for :func:`check_parity`.
+        runtime: what runs, for messages.
+        tolerance: largest difference, of the largest output; None to tell any, which finite outputs are asked for.
+
+    Raises:
+        ExportError: NaN or infinite outputs, other shapes, or a difference above ``tolerance``.
+    """
     worst_abs, worst_rel, hits, samples = 0.0, 0.0, 0, 0
     for batch in batches:
         rows = with_batch(inputs, batch)
         with torch.no_grad():
-            expected = [tensor.detach().cpu().numpy() for tensor in tensors_of(module(*rows))]
+            own = (tensor.clone() for tensor in rows)  # forward may write into them
+            expected = [tensor.detach().cpu().numpy() for tensor in tensors_of(module(*own))]
         feeds = {spec.name: tensor.detach().cpu().numpy() for spec, tensor in zip(specs, rows, strict=True)}
-        actual = list(session.run(feeds).values())
+        actual = list(run(feeds).values())
         for index, (ours, theirs) in enumerate(zip(expected, actual, strict=True)):
-            difference, relative = _compare(ours, theirs, f"output {index} at batch {batch}")
+            difference, relative = _compare(ours, theirs, f"output {index} at batch {batch}", runtime, tolerance)
             worst_abs, worst_rel = max(worst_abs, difference), max(worst_rel, relative)
         if expected[0].ndim and expected[0].size:
             rows_of = [array.reshape(array.shape[0], -1) for array in (expected[0], actual[0])]  # [rows, n]
@@ -82,10 +107,12 @@ def check_parity(
     return Parity(worst_abs, worst_rel, hits / samples if samples else 1.0, tuple(batches))
 
 
-def _compare(ours: np.ndarray, theirs: np.ndarray, where: str) -> tuple[float, float]:
+def _compare(
+    ours: np.ndarray, theirs: np.ndarray, where: str, runtime: str, tolerance: float | None
+) -> tuple[float, float]:
     if ours.shape != theirs.shape:
         raise ExportError(
-            f"{where} has shape {theirs.shape} in ONNX Runtime and {ours.shape} in the module",
+            f"{where} has shape {theirs.shape} in {runtime} and {ours.shape} in the module",
             expected="a graph whose batch axis is dynamic throughout",
             fix="take the batch size from the input's shape in forward, never as a constant",
         )
@@ -99,10 +126,16 @@ def _compare(ours: np.ndarray, theirs: np.ndarray, where: str) -> tuple[float, f
         return 0.0, 0.0
     scale = float(np.abs(ours).max()) or 1.0
     difference = float(np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max())
-    if not difference <= TOLERANCE * scale:  # also true when the graph's output is NaN
+    if not np.isfinite(theirs).all() and tolerance is None:
         raise ExportError(
-            f"{where} differs by {difference:.3g} in ONNX Runtime, outputs reach {scale:.3g}",
-            expected=f"a difference of at most {TOLERANCE:g} of the largest output",
+            f"{where} has NaN or infinite entries in {runtime}, outputs reach {scale:.3g} in the module",
+            expected="numbers that fit the precision",
+            fix="build it in bf16, which has the range of fp32, or in fp32",
+        )
+    if tolerance is not None and not difference <= tolerance * scale:  # also true when the graph's output is NaN
+        raise ExportError(
+            f"{where} differs by {difference:.3g} in {runtime}, outputs reach {scale:.3g}",
+            expected=f"a difference of at most {tolerance:g} of the largest output",
             fix="look for randomness or a batch-dependent constant in forward; compare layer by layer",
         )
     return difference, difference / scale

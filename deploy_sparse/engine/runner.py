@@ -120,6 +120,8 @@ def load_engine(path: str | Path | Engine) -> Runner:
             fix="build one first: deploy_sparse.build_engine(…)",
         )
     engine = open_entry(path.folder if isinstance(path, Engine) else path)
+    if engine.target.runtime == "torch":
+        return Runner(engine, _torch_session(engine))
     if engine.target.on_gpu:
         return Runner(engine, _gpu_session(engine))
     from ._ort import OrtSession
@@ -142,6 +144,20 @@ def _gpu_session(engine: Engine) -> Session:
     from ._trt_session import TrtSession
 
     return TrtSession(_engine_bytes(engine), engine.target.runtime, engine.build_command())
+
+
+def _torch_session(engine: Engine) -> Session:
+    if (reason := engine.runnable()) is not None:
+        raise EngineError(
+            f"{engine.folder} is a torch engine for a GPU; here: {reason.partition(': ')[2]}",
+            expected="an NVIDIA GPU and its driver",
+            fix=f"load it on a machine with one, or build for the CPU: {engine.build_command('torch-cpu')}",
+        )
+    from ._torch_session import TorchSession
+
+    names = [spec.name for spec in engine.inputs], [spec.name for spec in engine.outputs]
+    data = _engine_bytes(engine)
+    return TorchSession(data, engine.target, *names, where=str(engine.path), rebuild=engine.build_command())
 
 
 def _engine_bytes(engine: Engine) -> bytes:

@@ -23,14 +23,33 @@ def onnx_of(subject: Any, example_inputs: Any, scratch: Path) -> OnnxFile:
     """
     if isinstance(subject, OnnxFile):
         return subject
-    if isinstance(subject, str | Path):
-        if Path(subject).is_dir():
-            _refuse_folder(Path(subject))
+    if isinstance(subject, str | Path) and not Path(subject).is_dir():
         return read_onnx(subject)
-    if isinstance(subject, Engine):
+    module, inputs = module_of(subject, example_inputs)
+    from .export import export_onnx
+
+    return export_onnx(module, inputs, scratch)
+
+
+def module_of(subject: Any, example_inputs: Any) -> tuple[Any, Any]:
+    """The subject, which is a module or has one, and example inputs for it.
+
+    Raises:
+        BuildError: something else, or a module without example inputs. ArtifactError: a folder.
+    """
+    if isinstance(subject, str | Path) and Path(subject).is_dir():
+        _refuse_folder(Path(subject))
+    if isinstance(subject, OnnxFile | str | Path):
+        path = subject.path if isinstance(subject, OnnxFile) else subject
         raise BuildError(
-            f"an engine was given, {subject.folder}", expected=_EXPECTED, fix=f"pass its {subject.folder / ONNX_FILE}"
+            f"{path} was given for a torch target",
+            expected="an nn.Module (or an object with one in .module) with example_inputs: PyTorch runs no ONNX graphs",
+            fix="pass the network that was exported, or build the file for a target of another runtime: cpu",
         )
+    if isinstance(subject, Engine):
+        made = subject.folder / ONNX_FILE
+        fix = f"pass its {made}" if subject.target.runtime != "torch" else "pass the network that it was built from"
+        raise BuildError(f"an engine was given, {subject.folder}", expected=_EXPECTED, fix=fix)
     from torch import nn
 
     if not any(isinstance(candidate, nn.Module) for candidate in (subject, getattr(subject, "module", None))):
@@ -48,9 +67,7 @@ def onnx_of(subject: Any, example_inputs: Any, scratch: Path) -> OnnxFile:
             expected="example inputs to trace the module with",
             fix="pass for example example_inputs=torch.randn(2, 3, 32, 32)",
         )
-    from .export import export_onnx
-
-    return export_onnx(subject, example_inputs, scratch)
+    return subject, example_inputs
 
 
 def _refuse_folder(folder: Path) -> NoReturn:
@@ -60,6 +77,8 @@ def _refuse_folder(folder: Path) -> NoReturn:
         "ticket": ("a ticket", f"pass deploy_sparse.compact({str(folder)!r}), or {shell}"),
         "plan": ("a compact network", f"pass deploy_sparse.load_compact({str(folder)!r}), or {shell}"),
     }.get(kind or "", (f"a {kind}" if kind else "a folder", "name an ONNX file"))
+    if kind == "engine" and not (folder / ONNX_FILE).is_file():
+        fix = "pass the network that it was built from"
     if kind is None and (folder / "run.json").is_file():
         what, fix = "a run folder", f"run: deploy-sparse build {shlex.quote(str(folder / 'compact'))}"
     raise ArtifactError(f"{folder} is {what}", expected=_EXPECTED, fix=fix)

@@ -12,7 +12,8 @@ from ..config import Config, config_from, read_toml
 from ..errors import ConfigError, nearest
 
 ComputeCapability = Literal["SM75", "SM80", "SM86", "SM89", "SM120", "SM121"]
-Runtime = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+Runtime = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "torch"]
+_OF_TORCH = frozenset({"device", "cuda_graph", "block_kernel"})  # fields of no other runtime, left out of its digest
 
 
 class Batch(Config):
@@ -34,12 +35,22 @@ class Target(Config):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="a plain name, part of folder names")
     runtime: Runtime = Field(description="what compiles and runs the engine")
-    precision: Literal["fp32"] = Field(default="fp32", description="number format of weights and activations")
+    precision: Literal["fp32", "fp16", "bf16"] = Field(
+        default="fp32", description="number format of weights and activations; others than fp32 with torch only"
+    )
     tf32: bool = Field(
-        default=False, description="let TensorRT round fp32 products to TF32; off, so that fp32 means fp32"
+        default=False, description="let the GPU round fp32 products to TF32; off, so that fp32 means fp32"
     )
     batch: Batch = Batch()
-    threads: int = Field(default=1, ge=1, le=1024, description="threads within one operator; onnxruntime only")
+    threads: int = Field(default=1, ge=1, le=1024, description="threads within one operator; on the CPU only")
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="where PyTorch runs the engine; torch only")
+    cuda_graph: bool = Field(
+        default=False, description="replay timed runs as one CUDA graph, without the cost of launches; torch on cuda"
+    )
+    block_kernel: Literal["timed", "always", "never"] = Field(
+        default="timed",
+        description="where blocks of channels run in the Triton kernel; timed: where it is faster here; torch on cuda",
+    )
     compute_capabilities: tuple[ComputeCapability, ...] = Field(
         (),
         description="GPU generations compiled for ahead of time; empty: the library's portable set; tensorrt-rtx only",
@@ -57,19 +68,33 @@ class Target(Config):
             raise ValueError(f"compute_capabilities only with runtime tensorrt-rtx, not {self.runtime}")
         if len(set(self.compute_capabilities)) != len(self.compute_capabilities):
             raise ValueError("every compute capability once")
-        if self.tf32 and self.runtime == "onnxruntime":
-            raise ValueError("tf32 only with a TensorRT runtime")
+        torch = self.runtime == "torch"
+        if self.tf32 and not self.on_gpu:
+            raise ValueError("tf32 only with a TensorRT runtime, or with torch on cuda")
+        if self.precision != "fp32" and not torch:
+            raise ValueError(f"precision {self.precision!r} only with runtime torch, {self.runtime} builds 'fp32'")
+        if self.tf32 and self.precision != "fp32":
+            raise ValueError(f"tf32 is a way to compute fp32, not {self.precision}")
+        if not torch and (given := sorted(_OF_TORCH - self._defaults())):
+            raise ValueError(f"{', '.join(given)} only with runtime torch, not {self.runtime}")
+        if self.cuda_graph and self.device == "cpu":
+            raise ValueError("cuda_graph only with device cuda")
         return self
+
+    def _defaults(self) -> set[str]:
+        """Names of the fields that have their default value."""
+        return {name for name, field in type(self).model_fields.items() if getattr(self, name) == field.default}
 
     @property
     def digest(self) -> str:
-        """SHA-256 of everything that shapes an engine (all fields but the description)."""
-        return digest_of(self.model_dump(mode="json", exclude={"description"}))
+        """SHA-256 of everything that shapes an engine: all fields but the description and those of other runtimes."""
+        others = set() if self.runtime == "torch" else _OF_TORCH
+        return digest_of(self.model_dump(mode="json", exclude={"description", *others}))
 
     @property
     def on_gpu(self) -> bool:
         """Whether engines of this target run on an NVIDIA GPU."""
-        return self.runtime != "onnxruntime"
+        return self.device == "cuda" if self.runtime == "torch" else self.runtime != "onnxruntime"
 
 
 def list_targets() -> tuple[str, ...]:

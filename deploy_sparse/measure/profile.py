@@ -171,6 +171,7 @@ def _what(manifest: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     hashes = {
         "engine": manifest.get("digest"),
         "onnx": manifest.get("onnx_sha256"),
+        "program": manifest.get("program_sha256"),
         "ticket": facts.ticket,
         "target": manifest.get("target_digest"),
     }

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..errors import TicketError, nearest
+from ..errors import ConfigError, TicketError, nearest
 from ..structure import ChannelGroup, Masks
 from .regrouping.blocks import find_blocks, smallest_block
+from .regrouping.even import Division, divided
 from .regrouping.report import LayerReport, Outcome, layer_table, report_layer, total
 from .regrouping.rule import RegroupRule
 from .regrouping.table import Block, Table, capped_limits, table_of
@@ -69,6 +70,7 @@ def regroup(
 
     Raises:
         TicketError: a mask without its weight, or of another shape.
+        ConfigError: a rule that couples layers, without groups.
     """
     rule = rule or RegroupRule()
     names = [name for name, mask in masks.items() if mask.dim() > 1]
@@ -76,8 +78,10 @@ def regroup(
         _refuse_misfit(name, masks[name], weights)
     given = {name: masks[name].detach().cpu() for name in names}
     usable = {name: torch.ones(mask.shape[1], dtype=torch.bool) for name, mask in given.items()}  # input channels
+    layers = {name: (given[name], weights[name].detach().cpu(), usable[name]) for name in names}
+    alike = _divided_alike(layers, [name for name in names if name not in dense], groups, rule)
     formed = {
-        name: _in_groups(given[name]) if name in dense else _form_layer(given[name], weights[name], usable[name], rule)
+        name: _in_groups(given[name]) if name in dense else _form_layer(*layers[name], rule, alike.get(name))
         for name in names
     }
     known = {part.name for group in groups for part in group.slices()} if silent else set()
@@ -93,7 +97,7 @@ def regroup(
             break
         for name in stale:
             usable[name] &= ~lost[name]
-            formed[name] = _form_layer(given[name], weights[name], usable[name], rule)
+            formed[name] = _form_layer(*layers[name], rule, alike.get(name))
     reports = tuple(
         report_layer(
             name, weights[name].cpu(), given[name], result[name].cpu(), formed[name].outcome, formed[name].reason
@@ -112,6 +116,10 @@ def grouped_convolutions(model: nn.Module) -> tuple[str, ...]:
     )
 
 
+_Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Mask, weight, and the input channels that blocks may hold, bool."""
+
+
 @dataclass(frozen=True)
 class _Formed:
     mask: torch.Tensor
@@ -124,16 +132,45 @@ def _in_groups(mask: torch.Tensor) -> _Formed:
     return _Formed(torch.ones_like(mask), "dense", reason)
 
 
-def _form_layer(mask: torch.Tensor, weight: torch.Tensor, usable: torch.Tensor, rule: RegroupRule) -> _Formed:
+def _divided_alike(
+    layers: Mapping[str, _Layer], names: Collection[str], groups: Sequence[ChannelGroup], rule: RegroupRule
+) -> dict[str, Division]:
+    """Divisions of rows by weight, where several layers write the same channels.
+
+    Raises:
+        ConfigError: the rule asks for them, and there are no groups.
+    """
+    if rule.coupling == "layer":
+        return {}
+    if not groups:
+        raise ConfigError(
+            "coupling = 'group' without channel groups",
+            expected="the groups of the network, which know what layers write into one residual stream",
+            fix="pass groups=channel_groups(network, inputs), or choose coupling = 'layer'",
+        )
+    found: dict[str, Division] = {}
+    for group in groups:
+        every = tuple(range(group.size))
+        writers = [producer.weight for producer in group.producers]
+        own = [w.name for w in writers if w.name in names and w.dim == 0 and w.channels == every]
+        own = [name for name in own if layers[name][0].shape[1] > 1]
+        if len(own) > 1 and (division := divided([table_of(*layers[name], rule)[0] for name in own], rule)):
+            found |= dict.fromkeys(own, division)
+    return found
+
+
+def _form_layer(
+    mask: torch.Tensor, weight: torch.Tensor, usable: torch.Tensor, rule: RegroupRule, division: Division | None
+) -> _Formed:
     whole = torch.ones_like(mask)
     if mask.shape[1] == 1:
         return _Formed(whole, "dense", "it reads one input channel: no columns to choose")
     if bool(mask.all()) and not (rule.density or (rule.blocks == "disjoint" and rule.parts)):
         return _Formed(whole, "dense", "nothing was pruned")
-    table, columns = table_of(mask, weight.detach().cpu(), usable, rule)
+    table, columns = table_of(mask, weight, usable, rule)
     if not len(columns):
         return _Formed(whole, "dense", "no layer writes its input channels any more")
-    found, capped = find_blocks(table, rule), capped_limits(table, rule)
+    found, capped = find_blocks(table, rule, division), capped_limits(table, rule)
     reason, prune = found.reason and found.reason + capped, rule.empty == "prune"
     if found.blocks:
         formed = _mask_of(found.blocks, table, columns, mask)

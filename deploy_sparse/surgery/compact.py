@@ -170,7 +170,7 @@ def compact(
     elif format == "dense":
         decision = uncut(decision, ticket)
     parity = verify(decision.dense, decision.compact, inputs, exact=decision.exact)
-    return Compact(decision.compact, replace(decision.plan, ticket=ticket.hash, parity=parity), inputs)
+    return Compact(decision.compact, replace(decision.plan, ticket=ticket.hash, parity=parity, format=format), inputs)
 
 
 def load_compact(folder: str | Path, factory: Callable[[], nn.Module]) -> nn.Module:

@@ -31,6 +31,7 @@ from .spread import spread
 from .trace import Traced, layer_of, trace
 
 TILE = 16
+_NARROW = 4  # input channels
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ def candidates(
 ) -> tuple[Candidate, ...]:
     """The layers of a narrowed network whose masks are blocks, in execution order.
 
+    First layers, which read a few channels, are none: their blocks save nothing once padded.
+
     Args:
         network: the narrowed network.
         masks: of the dense weights, by name.
@@ -148,7 +151,7 @@ def candidates(
             continue
         weight = weights[name].detach().cpu()
         mask = pick(masks[name].cpu(), [cut for cut in cuts if cut.name == name]) | (weight != 0)
-        if isinstance(structure_of(mask), Blocks):
+        if isinstance(structure_of(mask), Blocks) and mask.shape[1] >= _NARROW:
             found.append(Candidate(path, mask, read, written))
     return tuple(found)
 

@@ -57,6 +57,8 @@ class SurgeryPlan:
         parity: compact against masked dense network, None until measured.
         unverified: why a saved compact network has no parity.
         choice: what was timed and chosen, in lines; or why nothing is cut or packed, where that was asked for.
+        format: the format that was asked for, ``"auto"`` where timing chose it; empty where nobody said.
+        target: what a format chosen by timing holds for: target, batches and widths; else empty.
     """
 
     model: ModelRef
@@ -74,6 +76,8 @@ class SurgeryPlan:
     parity: Parity | None = None
     unverified: str = ""
     choice: tuple[str, ...] = ()
+    format: str = ""
+    target: str = ""
 
     def __repr__(self) -> str:
         before, after = self.cost_before, self.cost_after

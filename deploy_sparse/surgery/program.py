@@ -1,61 +1,32 @@
-"""A compact network as ``compact.pt2``: the ``torch.export`` form, which loads without any model code.
-
-A ``.pt2`` file is an archive of raw weights and a graph of operators in JSON. PyTorch's own loader unpickles parts of
-such a file and evaluates texts in it; files written here hold neither, and :mod:`.vetting` refuses any other.
-"""
+"""A compact network as ``compact.pt2``: the ``torch.export`` form, which loads without any model code."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import io
 from pathlib import Path
-from types import MethodType
-from typing import Any
 
-import torch
 from torch import nn
-from torch.export import Dim, ExportedProgram, ShapesCollection
-from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 from .. import artifact
-from ..errors import ArtifactError, ExportError
-from ..exporting import eval_mode, quiet
+from ..errors import ArtifactError
+from ..programs import program
 from .graph import Inputs, as_tuple
-from .vetting import objection, vet
 
 FILE = "compact.pt2"
 REMAKE = "deploy-sparse compact <ticket>"
-_SEED = 20220715
-_BATCHES = (1, 3)
-_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-"""Largest accepted ``max|Δ| / max|y|``; the machine precision of the type for others."""
+_OTHERWISE = "the compact network itself is fine: load it with its factory instead"
 
 
 def program_bytes(module: nn.Module, example_inputs: Inputs) -> bytes:
-    """The content of a ``.pt2`` file of ``module`` in evaluation mode, checked against the module.
-
-    Axis 0 of every input with as many entries as the first one's becomes a free batch axis where the network allows
-    that; all other sizes are those of the inputs. The same weights give the same bytes, which name no path of this
-    machine. What is handed out was loaded again and compared with the module on the inputs and at other batch sizes.
+    """The content of a ``.pt2`` file of ``module``, see :func:`~..programs.program.program_bytes`.
 
     Args:
         module: the network, on any device; the file is for the CPU. It is not changed.
         example_inputs: one tensor with a batch axis, or the tuple of positional inputs.
 
     Raises:
-        ExportError: ``torch.export`` does not take the network, it uses operators that are not PyTorch's own, returns
-            other containers than lists, tuples and dictionaries, or the program computes something else.
+        ExportError: see there.
     """
-    network, inputs = _on_cpu(module), pytree.tree_map(_cpu, as_tuple(example_inputs))
-    with eval_mode(network):
-        program, batched = _exported(network, inputs)
-        data = _written(program)
-        if (found := objection(data)) is not None:
-            raise _refusal(module, f"its program needs {found}, which does not load without the network's code")
-        _compare(module, network, load_bytes(data, FILE), inputs, _BATCHES if batched else ())
-    return data
+    return program.program_bytes(module, as_tuple(example_inputs), otherwise=_OTHERWISE)
 
 
 def save_program(module: nn.Module, example_inputs: Inputs, path: str | Path) -> Path:
@@ -104,141 +75,4 @@ def load_bytes(data: bytes, name: str) -> nn.Module:
     Raises:
         ArtifactError: see :func:`load_program`.
     """
-    vet(data, name)
-    try:
-        with quiet():
-            module = torch.export.load(io.BytesIO(data)).module()
-    except Exception as problem:
-        # The deserializer raises whatever its own steps do; the file is consistent, so its torch version is the reason.
-        raise ArtifactError(
-            f"{name} does not load with torch {torch.__version__} ({_first_line(problem)})",
-            expected="a program written with this or an older version of torch",
-            fix=f"update torch, or make it again: {REMAKE}",
-        ) from problem
-    return _always_evaluating(module)
-
-
-def _exported(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[ExportedProgram, bool]:
-    """The program, and whether its batch axis is free."""
-    with quiet(), torch.no_grad():
-        doubled = _with_batch(inputs, max(2, _batch(inputs)))  # an axis of one entry would be taken for a constant
-        shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
-        for tensor in _batched(doubled):
-            shapes[tensor] = {0: Dim.AUTO}
-        with contextlib.suppress(Exception):  # the second attempt tells the reason
-            program = torch.export.export(network, doubled, dynamic_shapes=shapes, strict=False)
-            sizes = [size for axes in _user_shapes(program) for size in axes[:1]]
-            if any(isinstance(size, torch.SymInt) for size in sizes):
-                return program, True
-        try:
-            return torch.export.export(network, inputs, strict=False), False
-        except Exception as problem:
-            raise _refusal(network, _first_line(problem)) from problem
-
-
-def _user_shapes(program: ExportedProgram) -> list[tuple[int | torch.SymInt, ...]]:
-    names = set(program.graph_signature.user_inputs)
-    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
-    return [tuple(value.shape) for value in values if isinstance(value, torch.Tensor)]
-
-
-def _written(program: ExportedProgram) -> bytes:
-    for part in program.graph_module.modules():
-        if isinstance(part, GraphModule):
-            for node in part.graph.nodes:  # stack traces hold paths of this machine
-                node.meta = {key: value for key, value in node.meta.items() if key == "val"}
-    program.example_inputs = None  # they would be pickled
-    program._guards_code = []  # Python source that a loader executes; input shapes are checked without it
-    stream = io.BytesIO()
-    with quiet():
-        torch.export.save(program, stream)
-    return stream.getvalue()
-
-
-def _compare(
-    module: nn.Module, network: nn.Module, loaded: nn.Module, inputs: tuple[Any, ...], batches: tuple[int, ...]
-) -> None:
-    for batch in dict.fromkeys((_batch(inputs), *batches)):
-        sample = _with_batch(inputs, batch) if batch else inputs
-        try:
-            expected = _tensors(network, sample)
-        except Exception:
-            if batch == _batch(inputs):
-                raise
-            continue  # the network itself does not take this batch size
-        try:
-            actual = _tensors(loaded, sample)
-        except Exception as problem:
-            raise _refusal(module, f"the program fails at batch size {batch}: {_first_line(problem)}") from problem
-        if [y.shape for y in actual] != [y.shape for y in expected]:
-            raise _refusal(module, f"the program's outputs have other shapes at batch size {batch}")
-        for reference, output in zip(expected, actual, strict=True):
-            largest = float(reference.double().abs().max()) if reference.numel() else 0.0
-            error = float((reference.double() - output.double()).abs().max()) if reference.numel() else 0.0
-            exact = not reference.dtype.is_floating_point
-            limit = 0.0 if exact else _TOLERANCE.get(reference.dtype, torch.finfo(reference.dtype).eps)
-            if not error <= limit * largest:
-                raise _refusal(module, f"the program's outputs differ by {error:.3g} at batch size {batch}")
-
-
-@torch.no_grad()
-def _tensors(network: nn.Module, inputs: tuple[Any, ...]) -> list[torch.Tensor]:
-    outputs = network(*(x.clone() if isinstance(x, torch.Tensor) else x for x in inputs))
-    return [y for y in pytree.tree_leaves(outputs) if isinstance(y, torch.Tensor)]
-
-
-def _batched(inputs: tuple[Any, ...]) -> list[torch.Tensor]:
-    """The input tensors with the batch axis: as many entries on axis 0 as the first one."""
-    tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor) and x.dim() > 0]
-    return [x for x in tensors if len(x) == len(tensors[0])]
-
-
-def _batch(inputs: tuple[Any, ...]) -> int:
-    return len(batched[0]) if (batched := _batched(inputs)) else 0
-
-
-def _with_batch(inputs: tuple[Any, ...], batch: int) -> tuple[Any, ...]:
-    """The inputs with ``batch`` samples, repeating those given."""
-    batched = {id(x) for x in _batched(inputs)}
-
-    def resized(x: Any) -> Any:
-        return x[torch.arange(batch) % len(x)] if id(x) in batched else x
-
-    return tuple(pytree.tree_map(resized, inputs)) if batched else inputs
-
-
-def _on_cpu(module: nn.Module) -> nn.Module:
-    elsewhere = any(not t.is_cpu for t in (*module.parameters(), *module.buffers()))
-    return copy.deepcopy(module).cpu() if elsewhere else module
-
-
-def _cpu(value: Any) -> Any:
-    return value.detach().cpu() if isinstance(value, torch.Tensor) else value
-
-
-def _always_evaluating(module: nn.Module) -> nn.Module:
-    """``module.eval()`` is what the program is already; PyTorch refuses to call it on a program."""
-
-    def train(self: nn.Module, mode: bool = True) -> nn.Module:
-        if mode:
-            raise NotImplementedError("a program was exported in evaluation mode: fine-tune it as it is")
-        return self
-
-    module.train = MethodType(train, module)  # type: ignore[method-assign]
-    module.eval = MethodType(lambda self: self, module)  # type: ignore[method-assign]
-    for part in module.modules():
-        part.training = False
-    return module
-
-
-def _refusal(module: nn.Module, reason: str) -> ExportError:
-    return ExportError(
-        f"{type(module).__name__} has no torch.export form: {reason[:300]}",
-        expected="a forward of PyTorch's own operators, without branches on tensor values",
-        fix="the compact network itself is fine: load it with its factory instead",
-    )
-
-
-def _first_line(problem: BaseException) -> str:
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(problem).__name__
+    return program.load_bytes(data, name, remake=REMAKE)

@@ -31,7 +31,9 @@ from ..measure.table import Table
 from ..surgery.compact import compact, load_compact
 from ..surgery.plan import SurgeryPlan
 from ..ticket import Ticket
+from .choice import planned_for
 from .formats import choose_format, require_timing
+from .layer_bench import layer_times_folder
 from .run_report import ReportText, write_report
 
 Factory = Callable[[], torch.nn.Module]
@@ -48,10 +50,13 @@ class DeployConfig(Config):
     targets: tuple[str, ...] = Field(("cpu",), min_length=1, description="targets to build for (deploy-sparse ls)")
     batches: tuple[int, ...] = Field((1, 32), min_length=1, description="batch sizes to time")
     duration_s: float = Field(1.5, gt=0, description="timed seconds for each network and batch")
-    align: bool = Field(True, description="round widths up to the multiple that the first target likes")
+    align: bool = Field(
+        True, description="round widths up to the multiple that the first target likes; auto: try that too"
+    )
     format: Literal["auto", "dense", "channels", "packed"] = Field(
         "channels",
-        description="how the ticket is deployed; auto: what is fastest on the first target, which must run here",
+        description="how the ticket is deployed; auto: what is fastest on the first target, which must run here, at "
+        "the first batch, and loses at no other",
     )
 
 
@@ -93,7 +98,15 @@ class _Subject:
 
     name: str
     ticket: str
+    network: torch.nn.Module
+    inputs: tuple[torch.Tensor, ...]
     onnx: OnnxFile
+
+    def engine(self, target: Target, out: Path) -> Engine:
+        """Built from the graph, or from the network where PyTorch runs it."""
+        if target.runtime == "torch":
+            return build_engine(self.network, target, self.inputs, out, name=self.name)
+        return build_engine(self.onnx, target, out=out, name=self.name)
 
 
 def deliver(
@@ -145,15 +158,16 @@ def deliver(
     networks = {"dense": (network.eval(), dense.hash)}
     provenance, extra = [f"Dense network {dense.hash[:16]}"], list(tables)
     if ticket is not None:
-        multiple = targets[0].width_multiple if config.align else 1
-        plan, small = _surgery(ticket, factory, example_inputs, folder, multiple, config.format, targets[0], say)
+        plan, small = _surgery(ticket, factory, example_inputs, folder / "compact", config, targets[0], poll, say)
         networks["ticket"] = small, ticket.hash
         provenance += [f"Ticket {ticket.hash[:16]}", f"Compact network verified: {plan.parity}"]
         extra += [*explain(plan), _layers(plan)]
         say(f"surgery: verified equal, {plan.cost_after.macs / plan.cost_before.macs:.1%} of the MACs stay")
     poll()
     subjects = [
-        _Subject(name, digest, export_onnx(module, example_inputs, folder / "onnx" / f"{name}.onnx"))
+        _Subject(
+            name, digest, module, example_inputs, export_onnx(module, example_inputs, folder / "onnx" / f"{name}.onnx")
+        )
         for name, (module, digest) in networks.items()
     ]
     verb = "agree with their ONNX graphs" if len(networks) > 1 else "agrees with its ONNX graph"
@@ -196,36 +210,54 @@ def _surgery(
     ticket: Ticket,
     factory: Factory,
     example_inputs: tuple[torch.Tensor, ...],
-    folder: Path,
-    multiple: int,
-    format: Literal["auto", "dense", "channels", "packed"],
+    target: Path,
+    config: DeployConfig,
     first: Target,
+    poll: Poll,
     say: Say,
 ) -> tuple[SurgeryPlan, torch.nn.Module]:
-    target = folder / "compact"
+    multiple = first.width_multiple if config.align else 1
     if not target.exists():
-        if format == "auto":
-            made, choice = choose_format(ticket, factory, first, example_inputs, batch=first.batch.opt)
+        if config.format == "auto":
+            made, choice = choose_format(
+                ticket,
+                factory,
+                first,
+                example_inputs,
+                batch=config.batches,
+                duration_s=config.duration_s,
+                align=config.align,
+                cache=layer_times_folder(),
+                poll=poll,
+                say=say,
+            )
             say("\n".join(choice.lines()))
         else:
-            made = compact(ticket, factory, example_inputs, format=format, multiple=multiple)
+            made = compact(ticket, factory, example_inputs, format=config.format, multiple=multiple)
         made.save(target)
     with _removable(target):
         plan = SurgeryPlan.load(target)
         small = load_compact(target, factory)
-    if plan.ticket != ticket.hash or (format in ("channels", "packed") and plan.multiple != multiple):
-        raise ArtifactError(
-            f"{target} was made from ticket {plan.ticket[:12]} with widths in multiples of {plan.multiple}",
-            expected=f"the compact network of ticket {ticket.hash[:12]}, multiples of {multiple}",
-            fix=f"remove {target} and continue the run with --resume",
-        )
-    if (format == "channels" and plan.shape.packs) or (format == "dense" and (plan.cuts or plan.shape.packs)):
-        raise ArtifactError(
-            f"{target} holds a network whose {'layers are packed' if plan.shape.packs else 'channels are cut'}",
-            expected=f"the ticket's network in the format {format!r}",
-            fix=f"remove {target} and continue the run with --resume",
-        )
+    planned = planned_for(first, config.batches, config.align) if config.format == "auto" else ""
+    _refuse_another(plan, ticket, config.format, multiple, planned, target)
     return plan, small  # the deployed network is the one on disk
+
+
+def _refuse_another(plan: SurgeryPlan, ticket: Ticket, format: str, multiple: int, planned: str, folder: Path) -> None:
+    """Refuse an earlier result that this run would not make."""
+    found = plan.format or ("packed" if plan.shape.packs else "channels")  # plans that do not say it are older
+    if plan.ticket != ticket.hash or (format in ("channels", "packed") and plan.multiple != multiple):
+        given = f"was made from ticket {plan.ticket[:12]} with widths in multiples of {plan.multiple}"
+        expected = f"the compact network of ticket {ticket.hash[:12]}, multiples of {multiple}"
+    elif found != format:
+        given, expected = f"holds a network in the format {found!r}", f"the ticket's network in the format {format!r}"
+    elif plan.target != planned:
+        given, expected = f"was chosen for {plan.target or 'no target'}", f"the choice for {planned}"
+    else:
+        return
+    raise ArtifactError(
+        f"{folder} {given}", expected=expected, fix=f"remove {folder} and continue the run with --resume"
+    )
 
 
 @contextmanager
@@ -251,7 +283,7 @@ def _engines(
     for target in targets:
         poll()
         try:
-            built = {s.name: build_engine(s.onnx, target, out=out, name=s.name) for s in subjects}
+            built = {s.name: s.engine(target, out) for s in subjects}
         except (MissingDependencyError, BuildError) as problem:
             problems[target.name] = problem
             say(f"warning: {target.name} is not built: {problem}")

@@ -2,14 +2,16 @@
 
 Each layer that can be packed is timed against its dense form, both as engines of their own, with the look-ups that it
 would need in the network. Those that lose stay dense, which may spare or cost others a look-up, so the rest is looked
-at again. Then whole networks are timed side by side, and the fastest is taken; the dense one unless another beats it.
+at again. Then whole networks are timed side by side, and the fastest once more: the fastest of several is so by luck
+too. It is taken if it wins both times; else the next; the dense network where none does. What cannot be made, exported
+or compiled is left out.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,80 +20,23 @@ from torch import nn
 
 from ..engine.build import build_engine
 from ..engine.target import Target
-from ..errors import ConfigError
-from ..measure.profile import profile
+from ..errors import BuildError, ConfigError, ExportError, SurgeryError
+from ..measure.subjects import checked_batches
 from ..surgery.compact import Compact, Format, compact
 from ..surgery.graph import Inputs
-from ..surgery.pack import layer_forms
+from ..surgery.pack import LayerForm, layer_forms
+from ..surgery.plan import Norms, Shortcuts
 from ..ticket import Ticket
+from .choice import Choice, LayerTime, NetworkTime, planned_for
 from .layer_bench import LayerBench
+from .network_bench import NetworkBench
 
 MARGIN = 0.02
+LARGE = 1.2  # gain of the layers that are tried alone where all that gain lose together
 _ROUNDS = 4
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class LayerTime:
-    """A layer packed against the same layer dense, on the target.
-
-    Attributes:
-        layer: path.
-        form: of its blocks, and the look-ups around them.
-        share: of its multiply-accumulates that are left.
-        ratio: dense time over packed time.
-        packed: whether it is packed in the end.
-    """
-
-    layer: str
-    form: str
-    share: float
-    ratio: float
-    packed: bool
-
-
-@dataclass(frozen=True)
-class NetworkTime:
-    """A whole network against the dense one.
-
-    Attributes:
-        name: how it is deployed.
-        macs: multiply-accumulates of one sample.
-        ratio, low, high: dense time over its time, with the 95 % interval.
-    """
-
-    name: str
-    macs: int
-    ratio: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was timed and what was taken.
-
-    Attributes:
-        name: of the network taken.
-        target: its name.
-        batch: samples of a timed call.
-        layers: packed against dense, layer by layer.
-        networks: whole networks against the dense one.
-    """
-
-    name: str
-    target: str
-    batch: int
-    layers: tuple[LayerTime, ...]
-    networks: tuple[NetworkTime, ...]
-
-    def lines(self) -> list[str]:
-        """The choice in a few lines of text."""
-        found = [f"chosen for {self.target} at batch {self.batch}: {self.name}"]
-        found += [f"  {n.name}: {n.ratio:.2f}x as fast as dense" for n in self.networks]
-        packed = sum(layer.packed for layer in self.layers)
-        return found + [f"  {packed} of {len(self.layers)} layers of blocks are faster packed"] * bool(self.layers)
+Poll = Callable[[], None]
 
 
 def require_timing(target: Target) -> None:
@@ -120,11 +65,14 @@ def choose_format(
     target: Target,
     example_inputs: Inputs | None = None,
     *,
-    batch: int = 1,
+    batch: int | Sequence[int] = 1,
     duration_s: float = 1.0,
+    align: bool = True,
+    norms: Norms = "exact",
+    shortcuts: Shortcuts = "union",
     cache: Path | None = None,
+    poll: Poll = lambda: None,
     say: Say = lambda text: None,
-    **options: Any,
 ) -> tuple[Compact, Choice]:
     """The fastest exact form of a ticket on a target that runs here.
 
@@ -133,71 +81,191 @@ def choose_format(
         factory: makes the dense architecture.
         target: where it is deployed to.
         example_inputs: as for :func:`~..surgery.compact.compact`.
-        batch: samples of a timed call.
-        duration_s: timed seconds for each network; layers get a quarter.
+        batch: samples of a timed call. Of several, layers are timed at the first; a network has to be faster than dense
+            at the first, and to keep :data:`~.choice.FLOOR` of dense's speed at all others.
+        duration_s: timed seconds for each network and batch; layers get a quarter.
+        align: try widths rounded up to what the target likes, and pack such; False: as they are only.
+        norms: as for :func:`~..surgery.compact.compact`.
+        shortcuts: as there; ``"union"`` tries ``"spread"`` too, and ``"spread"`` nothing else.
         cache: folder for layers' times, so that they are not taken again; none by default.
+        poll: called between steps and timed blocks; what it raises ends the call.
         say: receives progress lines.
-        options: for :func:`~..surgery.compact.compact`.
 
     Raises:
-        TicketError, SurgeryError, ExportError, BuildError, MissingDependencyError: a form cannot be made.
-        ConfigError: the target does not run here.
+        ConfigError: the target does not run here, or not at such a batch.
+        TicketError, SurgeryError, ExportError, BuildError, MissingDependencyError: the masked dense network itself
+            cannot be traced, exported or built. Other forms that cannot are left out, which the choice says.
     """
-
-    def make(format: Format, **how: Any) -> Compact:
-        return compact(ticket, factory, example_inputs, format=format, **{**options, **how})
-
-    multiple = target.width_multiple
+    batches = _checked(batch, target)
     require_timing(target)
-    made: dict[str, Compact] = {"dense": make("dense")}
-    aligned = make("channels", multiple=multiple)
-    for name, found in (
-        (f"channels, multiples of {multiple}", aligned),
-        ("channels", make("channels", multiple=1)),
-        ("channels, spread", make("channels", multiple=multiple, shortcuts="spread")),
-    ):
-        if found.plan.shape not in [known.plan.shape for known in made.values()]:
-            made[name] = found
-    layers = _layers(aligned, ticket, LayerBench(target, batch, duration_s / 4, cache), say)
-    if chosen := [layer.layer for layer in layers if layer.packed]:
-        made["packed"] = make("packed", multiple=multiple, layers=chosen)
-    networks = _networks(made, target, batch, duration_s)
-    faster = [network for network in networks if (network.ratio if network.low is None else network.low) > 1]
-    best = max(faster, key=lambda network: network.ratio, default=None)
-    name = "dense" if best is None else best.name
-    choice = Choice(name, target.name, batch, layers, networks)
-    return replace(made[name], plan=replace(made[name].plan, choice=tuple(choice.lines()))), choice
 
+    def make(format: Format, multiple: int, shortcuts: Shortcuts, layers: Collection[str] | None = None) -> Compact:
+        poll()
+        how: dict[str, Any] = {"layers": layers, "multiple": multiple, "norms": norms, "shortcuts": shortcuts}
+        return compact(ticket, factory, example_inputs, format=format, **how)
 
-def _layers(network: Compact, ticket: Ticket, bench: LayerBench, say: Say) -> tuple[LayerTime, ...]:
-    """Time every layer of blocks, and again where the look-ups change because others stay dense."""
-    times: dict[str, LayerTime] = {}
-    only: set[str] | None = None
-    for _ in range(_ROUNDS):
-        forms = layer_forms(network.module, ticket.masks, network.plan.cuts, network.example_inputs, only)
-        for form, ratio in zip(forms, bench.ratios(forms), strict=True):
-            times[form.path] = LayerTime(form.path, str(form), form.share, ratio, True)
-            say(f"{form.path}: {form}, {times[form.path].ratio:.2f}x of dense")
-        losers = {form.path for form in forms if times[form.path].ratio < 1 + MARGIN}
-        if not losers:
-            break
-        only = {form.path for form in forms} - losers
-        times |= {path: replace(times[path], packed=False) for path in losers}
-    else:
-        times = {path: replace(time, packed=time.packed and time.ratio >= 1 + MARGIN) for path, time in times.items()}
-    return tuple(times.values())
-
-
-def _networks(made: Mapping[str, Compact], target: Target, batch: int, duration_s: float) -> tuple[NetworkTime, ...]:
-    """Whole networks against the dense one, timed side by side."""
-    if len(made) < 2:
-        return ()
     with tempfile.TemporaryDirectory(prefix="deploy-sparse-") as scratch:
-        engines = {
-            name: build_engine(network, target, out=Path(scratch), name=f"network{number}")
-            for number, (name, network) in enumerate(made.items())
-        }
-        comparisons = profile(engines, "dense", batches=(batch,), duration_s=duration_s).comparisons
-    return tuple(
-        NetworkTime(c.subject, made[c.subject].plan.cost_after.macs, c.ratio, c.low, c.high) for c in comparisons
+        layers = LayerBench(target, batches[0], duration_s / 4, cache, poll)
+        networks = NetworkBench(target, batches, duration_s, Path(scratch), poll)
+        planner = _Planner(make, ticket, layers, networks, say)
+        name, again = planner.decide((target.width_multiple, 1) if align else (1,), shortcuts)
+    choice = Choice(
+        name,
+        target.name,
+        batches[0],
+        tuple(planner.layer_times.values()),
+        tuple(planner.network_times),
+        again,
+        batches[1:],
+        tuple(planner.dropped.items()),
     )
+    found = planner.made[name]
+    lines, planned = tuple(choice.lines()), planned_for(target, batches, align)
+    return replace(found, plan=replace(found.plan, choice=lines, format="auto", target=planned)), choice
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A network with channels cut, whose layers are packed."""
+
+    network: Compact
+    multiple: int
+    shortcuts: Shortcuts
+
+    def packed(self, which: str = "") -> str:
+        """What it is called with layers packed."""
+        return f"packed{which}{_spread(self.shortcuts)}"
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """The candidates, and what was found about them so far."""
+
+    make: Callable[..., Compact]
+    ticket: Ticket
+    layers: LayerBench
+    networks: NetworkBench
+    say: Say
+    made: dict[str, Compact] = field(default_factory=dict)
+    layer_times: dict[str, LayerTime] = field(default_factory=dict)
+    network_times: list[NetworkTime] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+
+    def decide(self, multiples: Sequence[int], shortcuts: Shortcuts) -> tuple[str, tuple[NetworkTime, ...]]:
+        """The name of the network to take, and what was timed once more."""
+        self.made["dense"] = self.make("dense", 1, shortcuts)
+        base = self._cut(multiples, shortcuts)
+        forms = () if base is None else self._forms(base, None)
+        if len(self.made) == 1 and not forms:
+            return "dense", ()
+        self.networks.add("dense", self.made["dense"])  # early: a network that cannot be built is told at once
+        if base is not None and forms:
+            self._time_layers(base, forms)
+        chosen = {path: time.ratio for path, time in self.layer_times.items() if time.packed}
+        if base is not None and chosen:
+            self._try(base.packed(), "packed", base.multiple, base.shortcuts, list(chosen))
+        self._time([name for name in self.made if name != "dense"])
+        large = [path for path, ratio in chosen.items() if ratio >= LARGE]
+        if base is not None and 0 < len(large) < len(chosen) and not self._won(base.packed()):
+            name = base.packed(" where it gains most")
+            if self._try(name, "packed", base.multiple, base.shortcuts, large) is not None:
+                self._time([name])
+        return self._confirmed()
+
+    def _cut(self, multiples: Sequence[int], shortcuts: Shortcuts) -> _Base | None:
+        """Make the networks with channels cut that differ from each other; the first is the one to pack."""
+        base = None
+        ways = [(multiple, shortcuts) for multiple in dict.fromkeys(multiples)]
+        for multiple, how in (*ways, *([(multiples[0], _SPREAD)] if shortcuts == "union" else [])):
+            name = "channels" + f", multiples of {multiple}" * (multiple > 1) + _spread(how)
+            before = [known.plan.shape for known in self.made.values()]
+            found = self._try(name, "channels", multiple, how)
+            if found is not None:
+                base = base or _Base(found, multiple, how)
+                if found.plan.shape in before:
+                    del self.made[name]
+        return base
+
+    def _try(
+        self, name: str, format: Format, multiple: int, shortcuts: Shortcuts, layers: Collection[str] | None = None
+    ) -> Compact | None:
+        """Make a candidate, or leave it out."""
+        try:
+            found = self.made[name] = self.make(format, multiple, shortcuts, layers)
+        except SurgeryError as problem:
+            self._drop(name, problem)
+            return None
+        return found
+
+    def _drop(self, name: str, problem: SurgeryError | ExportError | BuildError | str) -> None:
+        why = problem if isinstance(problem, str) else problem.given
+        self.dropped[name] = why.splitlines()[0]
+        self.say(f"left out: {name}: {self.dropped[name]}")
+
+    def _forms(self, base: _Base, only: Collection[str] | None) -> tuple[LayerForm, ...]:
+        network = base.network
+        try:
+            return layer_forms(network.module, self.ticket.masks, network.plan.cuts, network.example_inputs, only)
+        except SurgeryError as problem:
+            self._drop(base.packed(), problem)
+            return ()
+
+    def _time_layers(self, base: _Base, forms: tuple[LayerForm, ...]) -> None:
+        """Time every layer of blocks, and again where the look-ups change because others stay dense."""
+        times = self.layer_times
+        for _ in range(_ROUNDS):
+            for form, ratio in zip(forms, self.layers.ratios(forms), strict=True):
+                if isinstance(ratio, str):
+                    times.pop(form.path, None)
+                    self._drop(f"layer {form.path} packed", ratio)
+                else:
+                    times[form.path] = LayerTime(form.path, str(form), form.share, ratio, ratio >= 1 + MARGIN)
+                    self.say(f"{form.path}: {form}, {ratio:.2f}x of dense")
+            kept = {form.path for form in forms if form.path in times and times[form.path].packed}
+            if len(kept) in (0, len(forms)):
+                return
+            forms = self._forms(base, kept)
+
+    def _time(self, names: Sequence[str]) -> None:
+        """Build what is not built, leave out what does not build, and time the rest beside dense."""
+        for name in names:
+            try:
+                self.networks.add(name, self.made[name])
+            except (ExportError, BuildError) as problem:
+                del self.made[name]
+                self._drop(name, problem)
+        names = [name for name in names if name in self.made]
+        self.network_times.extend(self.networks.times(names) if names else ())
+
+    def _won(self, name: str) -> bool:
+        return any(time.wins for time in self.network_times if time.name == name)
+
+    def _confirmed(self) -> tuple[str, tuple[NetworkTime, ...]]:
+        """The fastest network that wins twice, and the second times of those that were asked for one."""
+        again: list[NetworkTime] = []
+        for first in sorted(self.network_times, key=lambda time: -time.ratio):
+            if first.wins:
+                again += self.networks.times([first.name])
+                if again[-1].wins:
+                    return first.name, tuple(again)
+        return "dense", tuple(again)
+
+
+_SPREAD: Shortcuts = "spread"
+
+
+def _spread(shortcuts: Shortcuts) -> str:
+    return ", spread" * (shortcuts == "spread")
+
+
+def _checked(batch: int | Sequence[int], target: Target) -> tuple[int, ...]:
+    batches = checked_batches([batch] if isinstance(batch, int) else batch)
+    least, most = target.batch.min, target.batch.max
+    for each in batches:
+        if not least <= each <= most:
+            raise ConfigError(
+                f"batch {each}, which target {target.name!r} does not take",
+                expected=f"batches from {least} to {most}",
+                fix="choose another batch, or a target file with a wider range",
+            )
+    return batches

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import torch
 
-from .even import disjoint_blocks, equal_blocks
+from .even import Division, divided, even_blocks
 from .free import algorithm3, best_of_budget, ratio_rule
 from .rule import RegroupRule
 from .sizes import up_to
 from .table import Block, Found, Limits, Table
 
 
-def find_blocks(table: Table, rule: RegroupRule) -> Found:
-    """The blocks of a layer by ``rule``, or none and why. A pure function of its arguments."""
+def find_blocks(table: Table, rule: RegroupRule, division: Division | None = None) -> Found:
+    """The blocks of a layer by ``rule``, or none and why. A pure function of its arguments.
+
+    Args:
+        division: of the rows, where it is not the layer's alone; for equal and disjoint blocks.
+    """
     alive = table.alive()
     if not len(alive):
         return Found((), "nothing survives in it")
     limits = Limits.of(table, rule, len(alive))
-    if rule.blocks == "disjoint":
-        return disjoint_blocks(table, alive, rule, limits)
-    if rule.blocks == "equal":
-        return equal_blocks(table, alive, rule, limits)
+    if rule.blocks != "free":
+        division = division or divided([table], rule)
+        assert division is not None
+        return even_blocks(table, division, rule, limits)
     find = {"paper": algorithm3, "code": ratio_rule, "budget": best_of_budget}[rule.rule]
     return find(table, alive, rule, limits)
 

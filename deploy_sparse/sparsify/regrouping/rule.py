@@ -12,6 +12,7 @@ Rule = Literal["paper", "code", "budget"]
 Columns = Literal["position", "channel"]
 BlockForm = Literal["free", "equal", "disjoint"]
 Empty = Literal["dense", "prune"]
+Coupling = Literal["layer", "group"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class RegroupRule:
             disjoint blocks, whose widths follow from their number.
         empty: what becomes of a layer without a block: it stays ``"dense"``, or ``"prune"`` leaves it the smallest
             block allowed, ``min_rows`` in whole tiles by ``min_columns`` (without any weight it would cut the network).
+        coupling: ``"layer"``: each layer divides its rows by itself. ``"group"``: layers that write into one residual
+            stream divide theirs alike, so that the deployed network can number the stream's channels by these groups
+            and puts no rows back into order; for equal and disjoint blocks.
 
     Raises:
         ConfigError: a value out of range, or one that the rule does not look at.
@@ -68,10 +72,11 @@ class RegroupRule:
     tile: Literal[16, 32, 64] = 32
     multiple: int = 1
     empty: Empty = "dense"
+    coupling: Coupling = "layer"
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
-        for name in ("rule", "columns", "blocks", "tile", "empty"):
+        for name in ("rule", "columns", "blocks", "tile", "empty", "coupling"):
             _refuse_unless_one_of(name, getattr(self, name), get_args(hints[name]))
         for name, least in (("parts", 0), ("min_nonzeros", 0), ("min_rows", 0), ("min_columns", 0), ("multiple", 1)):
             if getattr(self, name) < least:
@@ -113,6 +118,12 @@ class RegroupRule:
                     expected=f"{name} only with rule = {rule!r}",
                     fix=f"leave {name} out, or choose rule = {rule!r}",
                 )
+        if self.coupling == "group" and self.blocks == "free":
+            raise ConfigError(
+                "coupling = 'group' with free blocks",
+                expected="blocks of equal sizes, for which layers can divide their rows alike",
+                fix="choose blocks = 'equal' or 'disjoint', or leave coupling out",
+            )
         if self.blocks == "disjoint" and (self.min_nonzeros or self.multiple > 1):
             name = "min_nonzeros" if self.min_nonzeros else "multiple"
             raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,15 @@ class Table:
         """ℓ1 norms as whole numbers, see :meth:`values`."""
         norms = self.weights[rows].abs().double().sum(dim=2)  # [rows, columns, taps] -> [rows, columns]
         return whole_numbers(norms, norms.numel() * (len(norms) if factors == 2 else 1), factors)
+
+
+def joined(tables: Sequence[Table]) -> Table:
+    """The columns of layers with equally many rows behind each other, each with its ℓ1 norm for a weight."""
+    if len(tables) == 1:
+        return tables[0]
+    norms = [table.weights.abs().double().sum(dim=2, keepdim=True) for table in tables]  # [rows, columns, 1]
+    counts = torch.cat([table.counts for table in tables], dim=1)
+    return Table(counts, torch.cat(norms, dim=1), counts.shape[1])
 
 
 def table_of(

@@ -9,11 +9,12 @@ import deploy_sparse
 from deploy_sparse import api, zoo
 from deploy_sparse.cli.main import main
 from deploy_sparse.engine import _trt
+from deploy_sparse.engine.target import load_target
 from deploy_sparse.errors import ConfigError
 from deploy_sparse.surgery import SurgeryPlan
 from deploy_sparse.surgery.packed import PackedConv2d
 from deploy_sparse.ticket import ModelRef, Provenance, Ticket
-from deploy_sparse.tune.formats import Choice, NetworkTime
+from deploy_sparse.tune.choice import Choice, NetworkTime
 
 ARGUMENTS = {"widths": [32, 32, 32]}
 
@@ -69,7 +70,7 @@ def test_auto_times_on_the_target_and_says_what_was_chosen(capsys, ticket, made,
 
     def choose_format(ticket, factory, target, example_inputs=None, **options):
         assert target.name == "cpu"
-        assert options == {"norms": "leave", "shortcuts": "spread"}
+        assert options == {"batch": [1, 32], "norms": "leave", "shortcuts": "spread", "cache": tmp_path / "times"}
         found = api.compact_ticket(ticket, factory, format="packed")
         choice = Choice("packed", "cpu", 1, (), (NetworkTime("packed", 1, 1.5, 1.4, 1.6),))
         from dataclasses import replace
@@ -77,8 +78,9 @@ def test_auto_times_on_the_target_and_says_what_was_chosen(capsys, ticket, made,
         return replace(found, plan=replace(found.plan, choice=tuple(choice.lines()))), choice
 
     monkeypatch.setattr(api, "choose_format", choose_format)
+    monkeypatch.setenv("DEPLOY_SPARSE_LAYER_TIMES", str(tmp_path / "times"))
     out = str(tmp_path / "auto")
-    options = ("--norms", "leave", "--shortcuts", "spread", "--no-program")
+    options = ("--norms", "leave", "--shortcuts", "spread", "--batch", "1", "32", "--no-program")
     code, text, _ = run(capsys, "compact", ticket, "--format", "auto", "--target", "cpu", "--out", out, *options)
     assert code == 0
     for line in ("chosen for cpu at batch 1: packed", "packed: 1.50x as fast as dense"):
@@ -92,6 +94,9 @@ def test_auto_times_on_the_target_and_says_what_was_chosen(capsys, ticket, made,
         (["--format", "package"], "format 'package'", ),
         (["--format", "auto"], "format 'auto' without a target"),
         (["--format", "auto", "--target", "gpu"], "unknown target 'gpu'"),
+        (["--format", "auto", "--target", "cpu", "--batch", "0"], "the batch sizes are 0"),
+        (["--format", "auto", "--target", "cpu", "--batch", "1", "999"], "batch 999, which target 'cpu' does not take"),
+        (["--format", "packed", "--batch", "8"], "batch [8] with format 'packed'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_for_is_one_message(capsys, ticket, tmp_path, words, message):
@@ -108,6 +113,25 @@ def test_python_refuses_the_same(made):
         assert part in str(caught.value)
     with pytest.raises(ConfigError, match=r"the target to time on[\s\S]*--target cpu"):
         deploy_sparse.compact(made, format="auto")
+
+
+def test_the_batch_is_what_the_target_is_tuned_for(made, monkeypatch):
+    asked = []
+
+    def choose_format(ticket, factory, target, example_inputs=None, *, batch, **options):
+        asked.append(batch)
+        return None, None
+
+    monkeypatch.setattr(api, "choose_format", choose_format)
+    cpu = load_target("cpu")
+    deploy_sparse.compact(made, format="auto", target="cpu")
+    deploy_sparse.compact(
+        made, format="auto", target=cpu.model_copy(update={"batch": cpu.batch.model_copy(update={"opt": 8})})
+    )
+    deploy_sparse.compact(made, format="auto", target="cpu", batch=(4, 2))
+    assert asked == [1, 8, (4, 2)]
+    with pytest.raises(ConfigError, match=r"batch 2 with format 'channels'[\s\S]*format 'auto' only"):
+        deploy_sparse.compact(made, batch=2)
 
 
 def test_a_target_that_does_not_run_here_is_refused(made):

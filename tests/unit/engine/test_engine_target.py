@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from deploy_sparse.artifact import digest_of
 from deploy_sparse.config import config_from
 from deploy_sparse.engine import target as module
 from deploy_sparse.engine.target import Target, list_targets, load_target, targets_folder
 from deploy_sparse.errors import ConfigError
 
-SHIPPED = ("cpu", "rtx-portable", "rtx-sm120", "rtx-sm80", "rtx-sm86", "rtx-sm89", "tensorrt")
+SHIPPED = (
+    *("cpu", "rtx-portable", "rtx-sm120", "rtx-sm80", "rtx-sm86", "rtx-sm89", "tensorrt", "torch-cpu"),
+    "torch-cuda",
+)
 
 
 def target_of(**values: object) -> Target:
@@ -40,6 +44,17 @@ def test_digests_differ_and_ignore_the_description() -> None:
     assert target_of().digest == target_of(description="other words").digest
     for change in ({"threads": 2}, {"batch": {"max": 8}}, {"width_multiple": 8}, {"name": "yours"}):
         assert target_of(**change).digest != target_of().digest
+
+
+def test_options_of_torch_leave_other_targets_digests_alone() -> None:
+    values = load_target("cpu").model_dump(mode="json", exclude={"description"})
+    assert load_target("cpu").digest == digest_of(
+        {name: value for name, value in values.items() if name not in ("device", "cuda_graph", "block_kernel")}
+    )
+    for change in ({"device": "cuda"}, {"block_kernel": "never"}, {"precision": "fp16"}):
+        assert target_of(runtime="torch", **change).digest != target_of(runtime="torch").digest
+    assert target_of(runtime="torch", device="cuda").on_gpu
+    assert not load_target("torch-cpu").on_gpu
 
 
 def test_unknown_name_lists_the_names() -> None:
@@ -93,12 +108,18 @@ def test_no_name_and_no_path(given: object) -> None:
         ({"batch": {"min": 4, "opt": 2}}, "min <= opt <= max"),
         ({"batch": {"opt": 65}}, "min <= opt <= max"),
         ({"batch": {"min": 0}}, "greater than or equal to 1"),
-        ({"runtime": "tensort"}, "'onnxruntime', 'tensorrt' or 'tensorrt-rtx'"),
+        ({"runtime": "tensort"}, "'onnxruntime', 'tensorrt', 'tensorrt-rtx' or 'torch'"),
         ({"runtime": "tensorrt-rtx", "compute_capabilities": ["SM90"]}, "'SM75', 'SM80', 'SM86', 'SM89', 'SM120'"),
         ({"runtime": "tensorrt-rtx", "compute_capabilities": ["SM80", "SM80"]}, "every compute capability once"),
         ({"compute_capabilities": ["SM80"]}, "only with runtime tensorrt-rtx"),
         ({"tf32": True}, "tf32 only with a TensorRT runtime"),
-        ({"precision": "fp16"}, "'fp32'"),
+        ({"precision": "fp16"}, "precision 'fp16' only with runtime torch, onnxruntime builds 'fp32'"),
+        ({"precision": "int4"}, "'fp32', 'fp16' or 'bf16'"),
+        ({"runtime": "torch", "tf32": True}, "tf32 only with a TensorRT runtime, or with torch on cuda"),
+        ({"runtime": "torch", "device": "cuda", "tf32": True, "precision": "bf16"}, "tf32 is a way to compute fp32"),
+        ({"runtime": "torch", "cuda_graph": True}, "cuda_graph only with device cuda"),
+        ({"device": "cuda"}, "device only with runtime torch, not onnxruntime"),
+        ({"block_kernel": "never"}, "block_kernel only with runtime torch"),
         ({"builder_level": 6}, "less than or equal to 5"),
         ({"threads": 0}, "greater than or equal to 1"),
         ({"name": "../up"}, "pattern"),

@@ -45,8 +45,13 @@ _SIZE_WORDS = re.compile(
 _CONTAINERS = {None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"}
 
 
-def vet(data: bytes, name: str) -> None:
+def vet(data: bytes, name: str, *, remake: str) -> None:
     """Refuse the content of a ``.pt2`` file unless it is raw tensors and a graph of PyTorch's own operators.
+
+    Args:
+        data: the content.
+        name: of the file, for messages.
+        remake: how such a file is made, for messages.
 
     Raises:
         ArtifactError: no such archive, or one with anything else in it; ``name`` and what was found are in the message.
@@ -57,13 +62,13 @@ def vet(data: bytes, name: str) -> None:
         raise ArtifactError(
             f"{name} is not a readable .pt2 file ({str(problem).splitlines()[0] if str(problem) else problem!r})",
             expected="a program written by this toolkit",
-            fix="make it again: deploy-sparse compact <ticket>",
+            fix=f"make it again: {remake}",
         ) from None
     if found is not None:
         raise ArtifactError(
             f"{name} holds {found}",
             expected="raw tensors and a graph of PyTorch's own operators, nothing pickled and no code",
-            fix="do not load it; make the program again from its ticket",
+            fix=f"do not load it; make it again: {remake}",
         )
 
 
