@@ -32,6 +32,7 @@ from .trace import Traced, layer_of, trace
 
 TILE = 16
 _NARROW = 4  # input channels
+_LISTED = 8  # layers in a message
 
 
 @dataclass(frozen=True)
@@ -350,10 +351,11 @@ def _shared(network: nn.Module) -> set[str]:
 
 def _refuse_others(only: Collection[str], found: Sequence[Candidate]) -> None:
     known = [each.path for each in found]
+    listed = ", ".join(map(repr, known[:_LISTED])) + (f" and {len(known) - _LISTED} more" * (len(known) > _LISTED))
     for path in only:
         if path not in known:
             raise SurgeryError(
                 f"layer {path!r} cannot be packed: its mask is no union of blocks, or it is no plain layer",
-                expected=f"{'some of ' + ', '.join(map(repr, known)) if known else 'no layer at all'}",
+                expected=f"some of {listed}" if known else "no layer at all",
                 fix=f"{nearest(path, known)}leave it out",
             )

@@ -129,6 +129,12 @@ class PackedConv2d(Packed):
         for size, kernel, dilation, stride in zip(
             x.shape[-2:], self.kernel_size, self.dilation, self.stride, strict=True
         ):
+            if size <= dilation * (kernel - 1):
+                raise SurgeryError(
+                    f"an input of {' × '.join(map(str, x.shape[-2:]))}, padding included",
+                    expected=f"at least the extent of the {' × '.join(map(str, self.kernel_size))} kernel",
+                    fix="feed what the dense layer takes",
+                )
             offsets.append([tap * dilation for tap in range(kernel)])
             counts.append((size - dilation * (kernel - 1) - 1) // stride * stride + 1)
         return torch.cat(

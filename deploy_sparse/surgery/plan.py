@@ -131,13 +131,16 @@ class SurgeryPlan:
         return cls.from_json(artifact.read_artifact(Path(folder), "plan", remake=REMAKE).body)
 
     def layer_table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Column titles and one row of texts for every weight of two or more axes."""
+        """Column titles and one row of texts for every weight of two or more axes; of packed ones the blocks."""
+        packings = {f"{pack.module}.weight": pack.packing for pack in self.shape.packs}
         rows: list[tuple[str, ...]] = []
         for layer in self.layers:
-            share = math.prod(layer.compact) / math.prod(layer.dense)
-            rows.append(
-                (layer.name, *("×".join(map(str, shape)) for shape in (layer.dense, layer.compact)), f"{share:.1%}")
-            )
+            shown, held = "×".join(map(str, layer.compact)), math.prod(layer.compact)
+            if (packing := packings.get(layer.name)) is not None:
+                shown += f", {len(packing.blocks)} {packing.form} blocks"
+                held = sum(len(block.rows) * len(block.columns) for block in packing.blocks)
+            dense = "×".join(map(str, layer.dense))
+            rows.append((layer.name, dense, shown, f"{held / math.prod(layer.dense):.1%}"))
         return ("weight", "dense", "compact", "kept"), rows
 
     def notes(self) -> list[str]:
@@ -164,6 +167,9 @@ class SurgeryPlan:
                 for group in self.groups
             ],
             "layers": [asdict(layer) for layer in self.layers],
+            "format": self.format,
+            "packed": {pack.module: pack.packing.form for pack in self.shape.packs},
+            "choice": list(self.choice),
             "notes": self.notes(),
         }
 

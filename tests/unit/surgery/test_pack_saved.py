@@ -166,6 +166,16 @@ def test_the_note_names_every_look_up(small):
     assert not any("unmasked" in note for note in small.plan.notes())  # what is packed is full
 
 
+def test_the_table_and_the_summary_tell_which_layers_are_blocks(small):
+    rows = {row[0]: row[1:] for row in small.plan.layer_table()[1]}
+    assert rows["a.weight"] == ("32×32×3×3", "32×32×3×3, 2 disjoint blocks", "50.0%")
+    assert rows["hidden.weight"][1].endswith("2 free blocks")
+    assert rows["stem.weight"] == ("32×3×3×3", "32×3×3×3", "100.0%")
+    found = json.loads(json.dumps(small.plan.summary()))
+    assert found["packed"] == {"a": "disjoint", "b": "equal", "hidden": "free"}
+    assert (found["format"], found["choice"]) == ("packed", [])
+
+
 def test_the_cost_is_of_the_blocks(small, made):
     whole = sum(weight.numel() for weight in small.module.parameters())
     assert small.plan.cost_after.parameters == whole

@@ -335,3 +335,11 @@ def normed():
 def test_refusals(call, message):
     with pytest.raises(SurgeryError, match=message):
         call()
+
+
+@pytest.mark.parametrize("size", [(2, 6), (6, 2), (1, 1)])
+def test_positions_refuse_inputs_smaller_than_the_kernel(size):
+    layer = PackedConv2d(POSITIONS)
+    with pytest.raises(SurgeryError, match=r"padding included[\s\S]*at least the extent of the 3 × 3 kernel"):
+        layer(torch.randn(2, 6, *size))
+    assert layer(torch.randn(2, 6, 3, 3)).shape == (2, 7, 1, 1)
