@@ -148,3 +148,42 @@ def test_random_chains_compute_the_same(data):
         else:
             values.append(d.node(kind, [source], d.widths[source]))
     moved(d.model(*dict.fromkeys(values[-2:] if values[-2] != "input" else values[-1:])))
+
+
+def test_a_name_that_a_value_had_is_not_given_to_another():
+    """Exporters number what they name, so that the outer of two concatenations is called what the inner's reader would."""
+    d = Draft(3)
+    inner = d.node("Concat", [d.conv("input", 2), d.conv("input", 3)], 5, axis=1)
+    outer = d.node("Concat", [inner, d.conv("input", 4)], 9, axis=1)
+    y = d.node("Relu", [d.norm(d.gather(d.gather(d.conv(outer, 6), [5, 3, 0]), [1, 0]))], 2)
+    z = d.node("Relu", [d.node("Concat", [d.node("Concat", [d.conv(y, 2), d.conv(y, 3)], 5, axis=1), d.conv(y, 1)], 6, axis=1)], 6)  # fmt: skip
+    before = d.model(z)
+    rename = {"Concat": "cat", "Gather": "look"}
+    numbers = {}
+    for node in before.graph.node:
+        if node.op_type in rename:
+            number = numbers[node.op_type] = numbers.get(node.op_type, -1) + 1
+            old, new = node.output[0], rename[node.op_type] + (f"_{number}" if number else "")
+            for value in before.graph.value_info:
+                value.name = new if value.name == old else value.name
+            for other in before.graph.node:
+                other.input[:] = [new if name == old else name for name in other.input]
+            node.output[0] = new
+    found = kinds(moved(before))
+    assert found[-2:] == ["Concat", "Concat"]
+    assert found.count("Relu") == 4
+
+
+def test_a_graph_with_branches_stays_as_it_is():
+    """A branch reads the convolution too, which no input of a node says."""
+    d = Draft(3)
+    conv = d.conv("input", 4)
+    y = d.node("Relu", [d.gather(conv, [3, 2, 1, 0])], 4)
+    result = helper.make_tensor_value_info("inside", TensorProto.FLOAT, None)
+    bodies = {
+        name: helper.make_graph([helper.make_node(kind, [conv], ["inside"])], name, [], [result])
+        for name, kind in (("then_branch", "Neg"), ("else_branch", "Identity"))
+    }
+    z = d.node("If", [d.constant(np.array(True))], 4, **bodies)
+    before = d.model(y, z)
+    assert moved(before) == before

@@ -77,6 +77,14 @@ def test_a_packed_network_is_exported_built_timed_and_reported(tmp_path):
     assert read_json(tmp_path / "compact" / "plan.json")["digest"] == before
 
 
+def test_pytorch_runs_what_is_delivered_to_it(tmp_path):
+    result, _ = run(tmp_path, "packed", target="torch-cpu")
+    assert {row[:2] for row in map(tuple, result["timed"]["rows"])} == {("dense", "torch-cpu"), ("ticket", "torch-cpu")}
+    assert len(list((tmp_path / "engines").glob("*-torch-cpu-*/model.pt2"))) == 2
+    again, _ = run(tmp_path, "packed", target="torch-cpu")
+    assert again == result  # nothing was timed again
+
+
 def test_what_the_planner_chose_is_deployed_and_not_chosen_again(tmp_path, monkeypatch):
     choose_format, asked = chosen("packed")
     monkeypatch.setattr(module, "choose_format", choose_format)

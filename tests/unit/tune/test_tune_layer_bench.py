@@ -251,3 +251,10 @@ def test_pieces_are_exported_a_few_at_a_time(monkeypatch, tmp_path, limit):
     for name, module in modules.items():
         found = onnxruntime.InferenceSession(files[name].path).run(None, {"input": inputs[name].numpy()})[0]
         assert torch.allclose(torch.from_numpy(found), module(inputs[name]), atol=1e-5)
+
+
+def test_layers_are_timed_in_pytorch_too(forms, monkeypatch):
+    monkeypatch.setattr(layer_bench, "export_pieces", lambda *_: pytest.fail("PyTorch needs no graph"))
+    (ratio,) = LayerBench(load_target("torch-cpu"), 1, 0.05, None).ratios(forms[:1])
+    assert isinstance(ratio, float)
+    assert 0.1 < ratio < 10
