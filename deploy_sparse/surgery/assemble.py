@@ -69,7 +69,7 @@ class Assembly:
             start = dense.new_zeros(len(self.gains[name])) if dense.numel() == 0 else dense
             changed = start.double() + self.gains[name].to(dense.device)
         if name in self.columns:
-            changed = self._carried(dense.double(), *self.columns[name])
+            changed = self._carried(dense.to(kind), *self.columns[name])
         for rescale in self.rescales:
             created = any(fold.weight == rescale.weight and fold.bias == name for fold in self.shape.folds)
             if name in (rescale.weight, rescale.bias) or created:
@@ -94,8 +94,10 @@ class Assembly:
         for carrier, columns in taken.items():
             group, at = divmod(carrier, width)
             share = (read.constant[columns] / read.constant[carrier]).to(weight.device)
-            picked = blocks[group][:, [c % width for c in columns]]  # [rows, columns that go, taps]
-            blocks[group][:, at] += torch.einsum("rct,c->rt", picked, share)
+            picked = blocks[group][:, [c % width for c in columns]].double()  # [rows, columns that go, taps]
+            blocks[group][:, at] = blocks[group][:, at].double() + torch.einsum(
+                "rct,c->rt", picked, share
+            )  # rounds once
         return made
 
 

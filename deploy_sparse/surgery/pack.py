@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import SurgeryError, nearest
-from ..structure import Blocks, structure_of
+from ..structure import MIN_BLOCK_READS, Blocks, structure_of
 from ._nodes import Node
 from ._skeleton import with_tensors
 from ._substitute import put
@@ -31,7 +31,6 @@ from .spread import spread
 from .trace import Traced, layer_of, trace
 
 TILE = 16
-_NARROW = 4  # input channels
 _LISTED = 8  # layers in a message
 
 
@@ -152,7 +151,7 @@ def candidates(
             continue
         weight = weights[name].detach().cpu()
         mask = pick(masks[name].cpu(), [cut for cut in cuts if cut.name == name]) | (weight != 0)
-        if isinstance(structure_of(mask), Blocks) and mask.shape[1] >= _NARROW:
+        if isinstance(structure_of(mask), Blocks) and mask.shape[1] >= MIN_BLOCK_READS:
             found.append(Candidate(path, mask, read, written))
     return tuple(found)
 
@@ -270,8 +269,8 @@ def with_packed_layers(
     before = decision.plan.shape
     shape = replace(before, orders=how.orders, packs=how.packs, spreads=(*before.spreads, *how.spreads))
     plan = replace(decision.plan, shape=shape, cost_after=cost_of(compact, inputs)[0])
-    exact = None if decision.exact is None else packed(decision.exact, how)
-    return Decision(plan, decision.dense, compact, exact)
+    plain = decision.in_float64
+    return Decision(plan, decision.dense, compact, None if plain is None else lambda: packed(plain(), how))
 
 
 def _wishes(candidate: Candidate, packing: Packing) -> Iterator[Wish]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -181,13 +181,18 @@ _ADAPTER = TypeAdapter(SurgeryPlan)
 class Decision:
     """A plan, the masked dense network it is for, and the compact network it gives.
 
-    ``exact`` is the compact network in float64 where constants were folded (see :func:`verify`), else None.
+    ``in_float64`` makes the compact network in float64 where constants were folded, else it is None.
     """
 
     plan: SurgeryPlan
     dense: nn.Module
     compact: nn.Module
-    exact: nn.Module | None
+    in_float64: Callable[[], nn.Module] | None
+
+    @property
+    def exact(self) -> nn.Module | None:
+        """The compact network in float64, made anew, where constants were folded (see :func:`verify`), else None."""
+        return None if self.in_float64 is None else self.in_float64()
 
 
 def plan_from_ticket(
@@ -290,10 +295,11 @@ def _decide(
     compact = narrowed(module, made.shape, made.tensor).eval()
     if ledger.traced.real:  # the shell did not run
         plan = replace(plan, cost_after=cost_of(compact, inputs)[0])
-    exact = None
-    if made.rounded:
-        exact = narrowed(module, made.shape, lambda name, x: made.tensor(name, x, torch.float64)).eval()
-    return Decision(plan, dense, compact, exact)
+
+    def in_float64() -> nn.Module:
+        return narrowed(module, made.shape, lambda name, x: made.tensor(name, x, torch.float64)).eval()
+
+    return Decision(plan, dense, compact, in_float64 if made.rounded else None)
 
 
 def uncut(decision: Decision, ticket: Ticket) -> Decision:
