@@ -61,10 +61,16 @@ def bench(module, seconds=0.05):
     return module.Bench(load_target("cpu"), seconds)
 
 
+def test_a_quarter_can_be_pruned_too(packed):
+    mask = packed.block_mask(64, packed.QUARTER, 2, torch.Generator().manual_seed(0))
+    assert float(mask.float().mean()) == 0.75
+    assert len(packing_of(mask).blocks) == 2
+
+
 def test_a_layer_is_measured_alone_and_inside(packed, monkeypatch):
     monkeypatch.setattr(packed, "LAYERS", ((32, 4),))
     monkeypatch.setattr(packed, "PARTS", (2,))
-    done = {f"layer 32@4 {form} 2" for form in ("equal", "free")}
+    done = {f"layer 32@4 {form} 2" for form in ("equal", "free", packed.QUARTER)}
     (row,) = packed.layer_rows(bench(packed), done)
     assert row["key"] == "layer 32@4 disjoint 2"
     assert row["ideal"] == 2
