@@ -111,6 +111,9 @@ Structure = Dense | Channels | Blocks | Unstructured
 MIN_BLOCK_ROWS = 8
 """Fewer rows with the same columns than this are no block, unless the layer has no other surviving row."""
 
+MIN_BLOCK_READS = 4
+"""Blocks of a layer that reads fewer input channels than this save nothing once padded."""
+
 
 def structure_of(mask: torch.Tensor) -> Structure:
     """The structure of one mask of shape ``[c_out, ...]``, seen along its output channels.

@@ -8,14 +8,14 @@ first.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from itertools import accumulate
+from itertools import accumulate, count
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
-_ACTIVATIONS = frozenset({"Relu", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Elu"})
+_ACTIVATIONS = frozenset({"Relu", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Elu", "Clip"})
+_BODIES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 _BLANK = (1.0, 0.0, 0.0, 1.0)  # scale, shift, mean and variance of a norm that changes nothing
 
 
@@ -23,7 +23,10 @@ def lookups_last(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same function; ``model`` is changed and returned.
 
     Moved is what alone reads a look-up along axis 1, or a concatenation along it whose parts have no other reader.
+    Nothing is in a graph with branches or loops, whose bodies may read any value outside of them.
     """
+    if any(attribute.type in _BODIES for node in model.graph.node for attribute in node.attribute):
+        return model
     graph = _Graph(model.graph)
     for node in list(model.graph.node):
         graph.settle_(node)
@@ -44,6 +47,7 @@ class _Graph:
         self.writer = {name: node for node in graph.node for name in node.output}
         self.readers = Counter(name for node in graph.node for name in node.input)
         self.readers.update(value.name for value in graph.output)
+        self.taken = {*self.readers, *self.writer, *self.constants, *(node.name for node in graph.node)}
         self.moved = False
 
     def settle_(self, node: onnx.NodeProto) -> None:
@@ -92,15 +96,18 @@ class _Graph:
             waiting.extend((self.writer.get(name), False) for name in reversed(current.input))
 
     def _on_channels_alone(self, node: onnx.NodeProto) -> bool:
+        if not all(name in self.constants for name in node.input[1:] if name):
+            return False
         if node.op_type == "BatchNormalization":
             training = any(each.name == "training_mode" and each.i for each in node.attribute)
-            return not training and len(node.output) == 1 and all(name in self.constants for name in node.input[1:])
+            return not training and len(node.output) == 1
         return node.op_type in _ACTIVATIONS
 
     def _parts(self, node: onnx.NodeProto, before: onnx.NodeProto) -> list[list[str]] | None:
         """For each input of ``before`` that takes the node, the node's other inputs there; None where it must stay."""
         axis = next((each.i for each in before.attribute if each.name == "axis"), 0)
-        norm = [numpy_helper.to_array(self.constants[name]) for name in node.input[1:]]
+        bounds = [] if node.op_type == "BatchNormalization" else list(node.input[1:])  # numbers for all channels
+        norm = [] if bounds else [numpy_helper.to_array(self.constants[name]) for name in node.input[1:]]
         if before.op_type == "Gather" and axis == 1 and self.readers[before.input[0]] == 1:
             looked = self.constants.get(before.input[1])
             order = None if looked is None else numpy_helper.to_array(looked)
@@ -109,11 +116,12 @@ class _Graph:
                 return None
             if norm and len(np.unique(order)) < len(order):
                 return None  # one channel would need several norms
-            return [[self._constant(_spread(x, order, wide, blank)) for x, blank in zip(norm, _BLANK, strict=False)]]
+            spread = [_spread(x, order, wide, blank) for x, blank in zip(norm, _BLANK, strict=False)]
+            return [bounds + [self._constant(x) for x in spread]]
         if before.op_type == "Concat" and axis == 1 and all(self.readers[name] == 1 for name in before.input):
             widths = [self.widths.get(name, 0) for name in before.input]
             if not norm:
-                return [[] for _ in widths]
+                return [bounds for _ in widths]
             if not all(widths):
                 return None
             ends = list(accumulate(widths))
@@ -124,9 +132,9 @@ class _Graph:
         """The node on one input of ``before``."""
         early, source = onnx.NodeProto(), before.input[place]
         early.CopyFrom(node)
-        early.name = next(self._names(node.name or node.op_type))
+        early.name = self._name(node.name or node.op_type)
         early.input[:] = [source, *others]
-        early.output[:] = [next(self._names(source))]
+        early.output[:] = [self._name(source)]
         before.input[place] = early.output[0]
         self.readers[early.output[0]] += 1
         self.writer[early.output[0]] = early
@@ -134,18 +142,15 @@ class _Graph:
         return early
 
     def _constant(self, numbers: np.ndarray) -> str:
-        name = next(self._names("moved"))
+        name = self._name("moved")
         self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(numbers), name)
         return name
 
-    def _names(self, start: str) -> Iterator[str]:
-        """Names that nothing has yet."""
-        known = {*self.writer, *self.constants, *(node.name for node in self.writer.values())}
-        number = 1
-        while True:
-            if f"{start}_{number}" not in known:
-                yield f"{start}_{number}"
-            number += 1
+    def _name(self, start: str) -> str:
+        """A name that nothing has or had: what was known of the old value, as its width, is not true of the new one."""
+        name = next(each for number in count(1) if (each := f"{start}_{number}") not in self.taken)
+        self.taken.add(name)
+        return name
 
 
 def _spread(numbers: np.ndarray, order: np.ndarray, wide: int, blank: float) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, TicketError, nearest
-from ..structure import ChannelGroup, Masks
+from ..structure import MIN_BLOCK_READS, ChannelGroup, Masks
 from .regrouping.blocks import find_blocks, smallest_block
 from .regrouping.even import Division, divided
 from .regrouping.report import LayerReport, Outcome, layer_table, report_layer, total
@@ -137,6 +137,9 @@ def _divided_alike(
 ) -> dict[str, Division]:
     """Divisions of rows by weight, where several layers write the same channels.
 
+    Layers of too few input channels to run as blocks, and those that stay whole, are left out: they would only limit
+    how the others are divided.
+
     Raises:
         ConfigError: the rule asks for them, and there are no groups.
     """
@@ -153,10 +156,15 @@ def _divided_alike(
         every = tuple(range(group.size))
         writers = [producer.weight for producer in group.producers]
         own = [w.name for w in writers if w.name in names and w.dim == 0 and w.channels == every]
-        own = [name for name in own if layers[name][0].shape[1] > 1]
+        own = [n for n in own if layers[n][0].shape[1] >= MIN_BLOCK_READS and not _stays_whole(layers[n][0], rule)]
         if len(own) > 1 and (division := divided([table_of(*layers[name], rule)[0] for name in own], rule)):
             found |= dict.fromkeys(own, division)
     return found
+
+
+def _stays_whole(mask: torch.Tensor, rule: RegroupRule) -> bool:
+    """Whether nothing was pruned and the rule does not say how much goes."""
+    return bool(mask.all()) and not (rule.density or (rule.blocks == "disjoint" and rule.parts))
 
 
 def _form_layer(
@@ -165,7 +173,7 @@ def _form_layer(
     whole = torch.ones_like(mask)
     if mask.shape[1] == 1:
         return _Formed(whole, "dense", "it reads one input channel: no columns to choose")
-    if bool(mask.all()) and not (rule.density or (rule.blocks == "disjoint" and rule.parts)):
+    if _stays_whole(mask, rule):
         return _Formed(whole, "dense", "nothing was pruned")
     table, columns = table_of(mask, weight, usable, rule)
     if not len(columns):

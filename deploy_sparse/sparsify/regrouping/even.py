@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,10 +43,9 @@ def divided(tables: Sequence[Table], rule: RegroupRule) -> Division | None:
         return None
     limits = [Limits.of(table, rule, len(alive)) for table in tables]
     if rule.blocks == "disjoint":
-        able = [disjoint_parts(len(alive), t, own, rule) for t, own in zip(tables, limits, strict=True)]
+        parts = disjoint_parts(len(alive), tables, limits, rule)
     else:
-        able = [equal_parts(len(alive), len(together.counts), own.rows, rule) for own in limits]
-    parts = math.gcd(*able)
+        parts = equal_parts(len(alive), len(together.counts), limits[0].rows, rule)
     rows = _filled_up(together, alive, parts, rule, limits[0])
     sizes = equal_shares(len(rows), parts)
     chosen = [_chooser(t, len(rows), sizes, rule, own) for t, own in zip(tables, limits, strict=True)]

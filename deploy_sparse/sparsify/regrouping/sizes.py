@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .rule import RegroupRule
 from .table import Limits, Table
 
@@ -57,16 +59,26 @@ def equal_rows(alive: int, rows: int, parts: int, least: int, tile: int) -> int 
     return None
 
 
-def disjoint_parts(alive: int, table: Table, limits: Limits, rule: RegroupRule) -> int:
-    """How many disjoint blocks a layer gets: at most ``rule.parts``, or those that come nearest the area asked for.
+def disjoint_parts(alive: int, tables: Sequence[Table], limits: Sequence[Limits], rule: RegroupRule) -> int:
+    """How many disjoint blocks layers with equally many rows get, each as many as the others.
 
-    Numbers that divide rows and columns evenly come first. If only 1 does, any number will do that leaves each block
-    its least rows and columns.
+    At most ``rule.parts``, or those that come nearest the areas asked for, of the numbers that all layers can have.
+    """
+    able = [_disjoint_numbers(alive, table, own, rule) for table, own in zip(tables, limits, strict=True)]
+    known = able[0].intersection(*able[1:])
+    if rule.parts:
+        return max(n for n in known if n <= rule.parts)
+    areas = [(table.counts.numel(), own.area) for table, own in zip(tables, limits, strict=True)]
+    return min(known, key=lambda n: (sum(abs(whole / n - area) for whole, area in areas), n))
+
+
+def _disjoint_numbers(alive: int, table: Table, limits: Limits, rule: RegroupRule) -> set[int]:
+    """Numbers of disjoint blocks that a layer can have, 1 among them.
+
+    Those that divide rows and columns evenly. If only 1 does, any number will do that leaves each block its least rows
+    and columns.
     """
     rows, columns = table.counts.shape
     able = [n for n in range(1, columns + 1) if columns // n >= limits.columns]
     even = [n for n in able if columns % n == 0 and equal_rows(alive, rows, n, limits.rows, rule.tile) is not None]
-    known = even if len(even) > 1 else [n for n in able if n == 1 or alive // n >= limits.rows]
-    if rule.parts:
-        return max(n for n in known if n <= rule.parts)
-    return min(known, key=lambda n: (abs(rows * columns / n - limits.area), n))
+    return set(even if len(even) > 1 else [n for n in able if n == 1 or alive // n >= limits.rows])

@@ -83,6 +83,25 @@ def test_a_norm_and_an_activation_go_before_a_look_up():
     assert kinds(moved(d.model(y))) == ["Conv", "BatchNormalization", "Relu", "Gather"]
 
 
+@pytest.mark.parametrize("bounds", [(0.0, 0.5), (0.0,), (None, 0.5)])
+def test_a_clip_keeps_its_bounds(bounds):
+    """ReLU6, as exporters write it."""
+    d = Draft(3)
+    limits = ["" if bound is None else d.constant(np.float32(bound)) for bound in bounds]
+    y = d.node("Clip", [d.gather(d.conv("input", 6), [4, 0, 5, 2]), *limits], 4)
+    z = d.node("Clip", [d.node("Concat", [y, d.conv("input", 3)], 7, axis=1), *limits], 7)
+    found = kinds(moved(d.model(z)))
+    assert found[-1] == "Concat"
+    assert found.count("Clip") == 3
+    assert found.index("Gather") > found.index("Clip")
+    d = Draft(3)
+    looked = d.gather(d.conv("input", 4), [3, 2, 1, 0])
+    limit = d.node("ReduceMax", ["input"], 1, keepdims=0)  # no constant
+    d.values = [value for value in d.values if value.name != limit]
+    before = d.model(d.node("Clip", [looked, "", limit], 4))
+    assert moved(before) == before
+
+
 def test_each_part_of_a_concatenation_gets_its_share():
     d = Draft(3)
     joined = d.node("Concat", [d.conv("input", 2), d.conv("input", 5)], 7, axis=1)
@@ -150,28 +169,27 @@ def test_random_chains_compute_the_same(data):
     moved(d.model(*dict.fromkeys(values[-2:] if values[-2] != "input" else values[-1:])))
 
 
-def test_a_name_that_a_value_had_is_not_given_to_another():
-    """Exporters number what they name, so that the outer of two concatenations is called what the inner's reader would."""
+@pytest.mark.parametrize("kind", ["Concat", "Gather"])
+def test_a_name_that_a_value_had_is_not_given_to_another(kind):
+    """Exporters number values as the pass does, so that what moves may be called as what it passes was."""
     d = Draft(3)
-    inner = d.node("Concat", [d.conv("input", 2), d.conv("input", 3)], 5, axis=1)
-    outer = d.node("Concat", [inner, d.conv("input", 4)], 9, axis=1)
-    y = d.node("Relu", [d.norm(d.gather(d.gather(d.conv(outer, 6), [5, 3, 0]), [1, 0]))], 2)
-    z = d.node("Relu", [d.node("Concat", [d.node("Concat", [d.conv(y, 2), d.conv(y, 3)], 5, axis=1), d.conv(y, 1)], 6, axis=1)], 6)  # fmt: skip
-    before = d.model(z)
-    rename = {"Concat": "cat", "Gather": "look"}
-    numbers = {}
-    for node in before.graph.node:
-        if node.op_type in rename:
-            number = numbers[node.op_type] = numbers.get(node.op_type, -1) + 1
-            old, new = node.output[0], rename[node.op_type] + (f"_{number}" if number else "")
-            for value in before.graph.value_info:
-                value.name = new if value.name == old else value.name
-            for other in before.graph.node:
-                other.input[:] = [new if name == old else name for name in other.input]
-            node.output[0] = new
+    if kind == "Concat":
+        inner = d.node("Concat", [d.conv("input", 2), d.conv("input", 3)], 5, axis=1)
+        outer = d.node("Concat", [inner, d.conv("input", 4)], 9, axis=1)
+    else:
+        inner = d.gather(d.conv("input", 6), [5, 3, 0])
+        outer = d.gather(inner, [1, 0])
+    before = d.model(d.node("Relu", [outer], d.widths[outer]))
+    named = {outer: f"{inner}_1"}
+    for each in (*before.graph.node, *before.graph.value_info):
+        if isinstance(each, onnx.NodeProto):
+            each.input[:] = [named.get(name, name) for name in each.input]
+            each.output[:] = [named.get(name, name) for name in each.output]
+        else:
+            each.name = named.get(each.name, each.name)
     found = kinds(moved(before))
-    assert found[-2:] == ["Concat", "Concat"]
-    assert found.count("Relu") == 4
+    assert found[-1] == kind
+    assert found.count("Relu") == found.count("Conv")
 
 
 def test_a_graph_with_branches_stays_as_it_is():

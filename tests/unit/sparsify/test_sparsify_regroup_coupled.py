@@ -104,6 +104,23 @@ def test_a_stream_of_coupled_layers_needs_no_look_up_of_rows():
     assert left["layer"]
 
 
+@pytest.mark.parametrize("parts", [4, 0])
+def test_layers_that_never_run_as_blocks_do_not_limit_how_the_others_are_divided(parts):
+    """A first layer, whose three input channels are no four blocks, and one that nothing was pruned from."""
+    torch.manual_seed(0)
+    model = Net().eval()
+    model.stem = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    weights = {name: x.detach() for name, x in model.named_parameters() if x.dim() > 1 and name != "head.weight"}
+    masks = {name: x.abs() > x.abs().flatten().quantile(0.75) for name, x in weights.items()}
+    groups = channel_groups(model, torch.zeros(2, 3, 6, 6))
+    rule = RegroupRule(blocks="disjoint", columns="channel", parts=parts, tile=16, coupling="group")
+    if not parts:
+        masks[WRITERS[2]] = torch.ones_like(masks[WRITERS[2]])
+    made = regroup(masks, weights, groups, rule=rule, silent=False).masks
+    assert [float(made[name].float().mean()) for name in WRITERS[1:]] == [0.25, 0.25 if parts else 1.0]
+    assert not parts or rows_of(made[WRITERS[1]]) == rows_of(made[WRITERS[2]])
+
+
 def test_dense_layers_and_missing_groups():
     rule = RegroupRule("budget", "channel", "equal", parts=2, density=0.5, tile=16, coupling="group")
     assert bool(found(rule, dense=("stem.weight",)).masks["stem.weight"].all())

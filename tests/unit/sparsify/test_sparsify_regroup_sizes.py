@@ -62,4 +62,24 @@ def test_as_many_equal_groups_as_fit(alive, rows, tile, parts, expected):
 def test_disjoint_parts_divide_the_layer_near_its_density(rows, columns, density, parts, expected):
     rule = RegroupRule(blocks="disjoint", columns="channel", parts=parts)
     table = Table(torch.full((rows, columns), density * 9, dtype=torch.float64), torch.ones(rows, columns, 9), columns)
-    assert disjoint_parts(rows, table, Limits.of(table, rule, rows), rule) == expected
+    assert disjoint_parts(rows, [table], [Limits.of(table, rule, rows)], rule) == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "densities", "parts", "expected"),
+    [
+        ((96,), (0.3,), 0, 3),
+        ((128,), (0.3,), 0, 2),  # 96 rows are no 4 times 32
+        ((96, 128), (0.3, 0.3), 0, 2),
+        ((96, 128), (0.3, 0.3), 4, 2),
+        ((96, 96), (0.3, 0.9), 0, 2),
+        ((96, 1024), (0.3, 0.9), 0, 1),
+    ],
+)
+def test_layers_divided_alike_get_a_number_of_blocks_that_all_can_have(columns, densities, parts, expected):
+    rule = RegroupRule(blocks="disjoint", columns="channel", parts=parts)
+    tables = [
+        Table(torch.full((96, wide), density * 9, dtype=torch.float64), torch.ones(96, wide, 9), wide)
+        for wide, density in zip(columns, densities, strict=True)
+    ]
+    assert disjoint_parts(96, tables, [Limits.of(table, rule, 96) for table in tables], rule) == expected
