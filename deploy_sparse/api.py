@@ -74,6 +74,8 @@ def compact(
             that the environment variable ``DEPLOY_SPARSE_LAYER_TIMES`` names (``off``: nowhere).
         target: a target's name or file: kept widths are rounded up to the multiple that the target likes, by dead
             channels that stay.
+        batch: samples of a call that ``"auto"`` times, or several: it wins at the first and loses at none. By default
+            what the target is tuned for.
         norms: ``"exact"``: channels that a LayerNorm, RMSNorm or GroupNorm counts may go, and a norm that keeps
             counting them takes its place. ``"leave"``: such channels stay.
         shortcuts: ``"union"``: all layers that write into a shortcut keep the channels that any of them writes;
@@ -86,7 +88,8 @@ def compact(
     Raises:
         TicketError: the ticket does not fit the network, or no factory is known.
         SurgeryError: the network cannot be traced, or the result is not equal.
-        ExportError, BuildError, MissingDependencyError: for ``"auto"``, the dense network cannot be built.
+        ExportError, BuildError, EngineError, MissingDependencyError: for ``"auto"``, the dense network cannot be built
+            or run.
         ConfigError: unknown format, target, norms or shortcuts; a batch without ``"auto"``, or that the target does not
             take; a target that does not run here for ``"auto"``.
     """

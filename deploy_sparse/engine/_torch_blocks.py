@@ -7,7 +7,7 @@ a ReLU go into the kernel too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,11 +107,12 @@ def find_sites(module: GraphModule) -> list[Site]:
     graph = module.graph
     joined = graph.find_nodes(op="call_function", target=_ATEN.cat.default)
     for node in (*joined, *graph.find_nodes(op="call_function", target=_ATEN.conv2d.default)):
-        site = _joined(module, node) if node in joined else _convolution(module, node)
+        site = _joined(module, node, taken) if node in joined else _convolution(module, node, taken)
         if site is None or taken & set(site.nodes) or not _worth_it(site):
             continue
+        site = _with_relu(_with_order(module, site, taken))
         taken |= set(site.nodes)
-        found.append(_with_relu(_with_order(module, site)))
+        found.append(site)
     places = {node: place for place, node in enumerate(graph.nodes)}
     return sorted(found, key=lambda site: places[site.nodes[0]])
 
@@ -134,8 +135,11 @@ def replaced(module: GraphModule, layers: Sequence[tuple[Site, BlockLayer]]) -> 
     return pruned(module)
 
 
-def _convolution(module: GraphModule, node: Node) -> Site | None:
-    """A convolution with constant weights on activations, or on channels of them that are looked up."""
+def _convolution(module: GraphModule, node: Node, taken: Set[Node]) -> Site | None:
+    """A convolution with constant weights on activations, or on channels of them that are looked up.
+
+    A look-up that is taken stays where it is: it puts another site's rows in order.
+    """
     given = arguments(node)
     weight, bias, source = constant(module, given["weight"]), given["bias"], given["input"]
     if bias is not None:
@@ -144,7 +148,7 @@ def _convolution(module: GraphModule, node: Node) -> Site | None:
         return None
     groups: int = given["groups"]
     nodes: tuple[Node, ...] = (node,)
-    looked_up = _look_up(module, source)
+    looked_up = None if source in taken else _look_up(module, source)
     if looked_up is not None:
         nodes, source = (source, node), source.args[0]
     value = source.meta.get("val")
@@ -168,13 +172,13 @@ def _convolution(module: GraphModule, node: Node) -> Site | None:
     return Site(source, nodes, dense, bias, tuple(blocks), (geometry[0], geometry[1], geometry[2]))
 
 
-def _joined(module: GraphModule, node: Node) -> Site | None:
+def _joined(module: GraphModule, node: Node, taken: Set[Node]) -> Site | None:
     """Convolutions of one source whose channels are joined."""
     given = arguments(node)
     parts = given["tensors"]
     if given["dim"] not in (1, -3) or any(x.target is not _ATEN.conv2d.default or len(x.users) > 1 for x in parts):
         return None
-    sites = [_convolution(module, part) for part in parts]
+    sites = [_convolution(module, part, taken) for part in parts]
     known = [site for site in sites if site is not None]
     if len(known) < len(sites) or len({(site.source, site.geometry, site.weight.shape[2:]) for site in known}) > 1:
         return None
@@ -201,10 +205,10 @@ def _worth_it(site: Site) -> bool:
     return large and area < site.weight.shape[0] * site.weight.shape[1] and site.weight.dtype in DTYPES
 
 
-def _with_order(module: GraphModule, site: Site) -> Site:
+def _with_order(module: GraphModule, site: Site, taken: Set[Node]) -> Site:
     """With the look-up of rows that alone reads it."""
     follower = _only_reader(site)
-    if follower is None or follower.args[0] is not site.nodes[-1]:
+    if follower is None or follower in taken or follower.args[0] is not site.nodes[-1]:
         return site
     order = _look_up(module, follower)
     if order is None or len(set(order)) < len(order):

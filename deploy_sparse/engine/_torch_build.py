@@ -29,6 +29,7 @@ from .tensors import Feeds, TensorSpec
 
 VERSION: str = torch.__version__
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_ROUNDINGS = 8  # by which a program may differ: attention is fused in a module and is not in its program
 _OTHERWISE = "rewrite that part of forward; torch.export.export(module, inputs) shows the same error in full"
 
 
@@ -96,7 +97,13 @@ def torch_program(module: nn.Module | Any, example_inputs: Any, target: Target) 
         network, inputs = network.float(), tuple(map(_widened, inputs))
     converted = _AtPrecision(network, _TYPES[target.precision]) if low else network
     with eval_mode(network), eval_mode(converted):
-        data = program_bytes(converted, inputs, otherwise=_OTHERWISE, tolerance=TOLERANCE if low else None)
+        data = program_bytes(
+            converted,
+            inputs,
+            otherwise=_OTHERWISE,
+            tolerance=_ROUNDINGS * torch.finfo(_TYPES[target.precision]).eps if low else None,
+            called=f"{type(network).__name__} in {target.precision}" if low else "",
+        )
         program = read_bytes(data, "the program", remake=_OTHERWISE)
         types = _float_types(program, border=low)
         check_precision(types, target, "the torch program")

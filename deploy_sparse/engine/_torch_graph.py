@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node, map_arg
 from torch.fx.graph import CodeGen
@@ -49,8 +50,12 @@ def mutates(node: Node) -> bool:
 
 
 def writes_inputs(graph: torch.fx.Graph) -> bool:
-    """Whether the graph may write into what it is given, as ``relu_`` on an input does."""
-    return any(_is_input(node.args[0]) for node in graph.nodes if mutates(node) and node.args)
+    """Whether the graph may write into what it is given, as ``relu_`` on an input does; graphs within it may."""
+    return any(
+        isinstance(node.target, HigherOrderOperator) or (mutates(node) and _is_input(node.args[0]))
+        for node in graph.nodes
+        if node.args
+    )
 
 
 def loosen_views_(module: GraphModule) -> None:

@@ -28,7 +28,7 @@ _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
 def program_bytes(
-    module: nn.Module, inputs: tuple[Any, ...], *, otherwise: str, tolerance: float | None = None
+    module: nn.Module, inputs: tuple[Any, ...], *, otherwise: str, tolerance: float | None = None, called: str = ""
 ) -> bytes:
     """The content of a ``.pt2`` file of ``module`` in evaluation mode, checked against the module.
 
@@ -41,6 +41,7 @@ def program_bytes(
         inputs: positional, each tensor with a batch axis.
         otherwise: what to do where that fails, for messages.
         tolerance: largest accepted ``max|Δ| / max|y|``; by the type of the output unless given.
+        called: what the module is called in messages; its class unless given.
 
     Raises:
         ExportError: ``torch.export`` does not take the network, it uses operators that are not PyTorch's own, returns
@@ -57,7 +58,7 @@ def program_bytes(
             _compare(network, loaded, inputs, _BATCHES if batched else (), tolerance)
         except _Refusal as problem:
             raise ExportError(
-                f"{type(module).__name__} has no torch.export form: {str(problem)[:300]}",
+                f"{called or type(module).__name__} has no torch.export form: {str(problem)[:300]}",
                 expected="a forward of PyTorch's own operators, without branches on tensor values",
                 fix=otherwise,
             ) from problem.__cause__

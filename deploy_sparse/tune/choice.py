@@ -83,7 +83,7 @@ class Choice:
         networks: whole networks against the dense one.
         again: the fastest of them timed once more, until one is faster again; that is the one taken.
         others: other batches, at which a network must not lose.
-        dropped: networks and layers that could not be made, exported or compiled, with the reason.
+        dropped: networks and layers that could not be made, exported, compiled or run, with the reason.
     """
 
     name: str

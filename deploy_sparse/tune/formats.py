@@ -3,8 +3,8 @@
 Each layer that can be packed is timed against its dense form, both as engines of their own, with the look-ups that it
 would need in the network. Those that lose stay dense, which may spare or cost others a look-up, so the rest is looked
 at again. Then whole networks are timed side by side, and the fastest once more: the fastest of several is so by luck
-too. It is taken if it wins both times; else the next; the dense network where none does. What cannot be made, exported
-or compiled is left out.
+too. It is taken if it wins both times; else the next; the dense network where none does. What cannot be made, exported,
+compiled or run is left out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 
 from ..engine.build import build_engine
 from ..engine.target import Target
-from ..errors import BuildError, ConfigError, ExportError, SurgeryError
+from ..errors import BuildError, ConfigError, EngineError, ExportError, SurgeryError
 from ..measure.subjects import checked_batches
 from ..surgery.compact import Compact, Format, compact
 from ..surgery.graph import Inputs
@@ -93,8 +93,9 @@ def choose_format(
 
     Raises:
         ConfigError: the target does not run here, or not at such a batch.
-        TicketError, SurgeryError, ExportError, BuildError, MissingDependencyError: the masked dense network itself
-            cannot be traced, exported or built. Other forms that cannot are left out, which the choice says.
+        TicketError, SurgeryError, ExportError, BuildError, EngineError, MissingDependencyError: the masked dense
+            network itself cannot be traced, exported, built or run. Other forms that cannot are left out, which the
+            choice says.
     """
     batches = _checked(batch, target)
     require_timing(target)
@@ -197,7 +198,7 @@ class _Planner:
             return None
         return found
 
-    def _drop(self, name: str, problem: SurgeryError | ExportError | BuildError | str) -> None:
+    def _drop(self, name: str, problem: SurgeryError | ExportError | BuildError | EngineError | str) -> None:
         why = problem if isinstance(problem, str) else problem.given
         self.dropped[name] = why.splitlines()[0]
         self.say(f"left out: {name}: {self.dropped[name]}")
@@ -235,7 +236,20 @@ class _Planner:
                 del self.made[name]
                 self._drop(name, problem)
         names = [name for name in names if name in self.made]
-        self.network_times.extend(self.networks.times(names) if names else ())
+        self.network_times.extend(self._timed(names))
+
+    def _timed(self, names: Sequence[str]) -> tuple[NetworkTime, ...]:
+        """Times of networks; where they fail together each is tried alone, and left out if dense runs without it."""
+        if not names:
+            return ()
+        try:
+            return self.networks.times(names)
+        except EngineError as problem:
+            if len(names) > 1:
+                return tuple(time for name in names for time in self._timed([name]))
+            self.networks.times([])
+            self._drop(names[0], problem)
+            return ()
 
     def _won(self, name: str) -> bool:
         return any(time.wins for time in self.network_times if time.name == name)
@@ -245,8 +259,8 @@ class _Planner:
         again: list[NetworkTime] = []
         for first in sorted(self.network_times, key=lambda time: -time.ratio):
             if first.wins:
-                again += self.networks.times([first.name])
-                if again[-1].wins:
+                again += (second := self._timed([first.name]))
+                if any(time.wins for time in second):
                     return first.name, tuple(again)
         return "dense", tuple(again)
 

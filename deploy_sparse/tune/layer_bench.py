@@ -92,7 +92,7 @@ class LayerBench:
                     }
                     timed = profile(engines, "dense", batches=(self.batch,), duration_s=self.duration_s, poll=self.poll)
                     found[key] = timed.comparisons[0].ratio
-                except (BuildError, EngineError) as problem:
+                except (ExportError, BuildError, EngineError) as problem:
                     found[key] = problem.given
         return found
 

@@ -212,6 +212,36 @@ def test_packed_layers_of_surgery_are_sites(form: str) -> None:
     assert [node.op for node in after.graph.nodes] == ["placeholder", "call_module", "output"]
 
 
+class InARow(nn.Module):
+    """Two layers of blocks with one look-up between them, which both would take: rows of one, columns of the other."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        self.register_buffer("places", torch.randperm(first.out_channels)[: second.in_channels])
+
+    def forward(self, x):
+        y = self.first(x).index_select(1, self.places)
+        if self.second.groups > 1:
+            return self.second(y)
+        one, two = (F.conv2d(y, self.second.weight.narrow(0, row, 16), padding=1) for row in (0, 16))
+        return torch.cat([one, two], 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("groups", "reads"), [(2, 32), (1, 24)])
+def test_a_look_up_between_two_sites_belongs_to_one_of_them(groups: int, reads: int) -> None:
+    torch.manual_seed(0)
+    network = InARow(nn.Conv2d(32, 32, 1, groups=2), nn.Conv2d(reads, 32, 3, padding=1, groups=groups, bias=False))
+    module = program_of(network, X)
+    sites = find_sites(module)
+    assert len(sites) == 2
+    nodes = [node for site in sites for node in site.nodes]
+    assert len({*nodes}) == len(nodes)
+    after = replaced(module, [(site, Native(site)) for site in sites])
+    assert torch.allclose(call_flat(after, [X])[0], network(X), atol=1e-5)
+
+
 class Shared(nn.Module):
     """What looks like a site and is none, or whose neighbours must stay."""
 
@@ -297,10 +327,13 @@ def graph_of(function, *inputs: torch.Tensor) -> torch.fx.Graph:
         (lambda x: x.relu().add_(1), False),
         (lambda x: (x + 1).view(-1).add_(x.view(-1)), False),
         (lambda x: x.clone().relu_(), False),
+        (torch.enable_grad()(lambda x: x.relu_()), True),
     ],
 )
 def test_programs_that_write_into_their_inputs_are_known(function, writes: bool) -> None:
-    assert writes_inputs(graph_of(function, torch.randn(2, 3, 4))) == writes
+    with torch.no_grad():
+        graph = graph_of(function, torch.randn(2, 3, 4))
+    assert writes_inputs(graph) == writes
 
 
 class Counts(nn.Module):

@@ -168,6 +168,26 @@ def test_lower_precisions_keep_float32_at_the_border(precision: str, tiny: TinyN
         np.testing.assert_allclose(found, expected, atol=10 * eps * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_attention_is_built_in_lower_precisions(precision: str, tmp_path: Path) -> None:
+    """A module runs fused attention, its program does not: they round differently."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, dropout=0.0)
+    network = nn.Sequential(nn.Linear(16, 64), layer, nn.Linear(64, 5))
+    parity = build_engine(network, target_of(precision=precision), torch.randn(2, 9, 16), tmp_path).manifest["parity"]
+    assert 0 < parity["max_rel"] < 0.1
+
+
+class Draws(nn.Module):
+    def forward(self, x):
+        return x + torch.rand_like(x)
+
+
+def test_a_program_that_computes_something_else_is_refused_by_the_name_of_its_module(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"Draws in bf16 has no torch\.export form: the program's outputs differ"):
+        build_engine(Draws(), target_of(precision="bf16"), torch.randn(2, 3), tmp_path)
+
+
 class Upcasts(nn.Module):
     def forward(self, x):
         return (x.float() * 2).to(x.dtype)

@@ -6,7 +6,7 @@ from torch import nn
 
 from deploy_sparse.engine import _trt
 from deploy_sparse.engine.target import load_target
-from deploy_sparse.errors import BuildError, ConfigError, ExportError, Interrupted, SurgeryError
+from deploy_sparse.errors import BuildError, ConfigError, EngineError, ExportError, Interrupted, SurgeryError
 from deploy_sparse.surgery import load_compact
 from deploy_sparse.ticket import ModelRef, Provenance, Ticket
 from deploy_sparse.tune import formats, network_bench
@@ -71,6 +71,8 @@ class FakeNetworks:
     def times(self, names):
         assert self.built.keys() >= {"dense", *names}
         self.asked.append(list(names))
+        if not names:
+            self.times_of("dense", 0)
         before = [sum(name in asked for asked in self.asked) - 1 for name in names]
         return tuple(
             NetworkTime(name, 1, *self.times_of(name, count)) for name, count in zip(names, before, strict=True)
@@ -273,6 +275,25 @@ def test_networks_that_do_not_build_are_left_out_and_told(monkeypatch, problem):
     assert found.plan.choice[-1] == "  left out: packed: no engine of packed"
     with pytest.raises(problem, match="no engine of dense"):  # there is nothing to fall back to
         choose(monkeypatch, lambda form: pytest.fail("timed"), lambda *_: WON, fails={"dense": problem})
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_networks_that_do_not_run_are_left_out_and_told(monkeypatch, first):
+    """At once, or not until it is timed once more."""
+
+    def times(name, count):
+        if name in failing and (name == "dense" or count >= first):
+            raise EngineError(f"{name} is not finite\nat all", expected="numbers", fix="none")
+        return (1.6, 1.5, 1.7) if name == "packed" else (1.2, 1.1, 1.3)
+
+    failing = {"packed"}
+    found, choice, *_ = choose(monkeypatch, lambda form: 2.0, times, made=with_a_cut())
+    assert choice.name.startswith("channels")
+    assert choice.dropped == (("packed", "packed is not finite"),)
+    assert found.plan.choice[-1] == "  left out: packed: packed is not finite"
+    failing.add("dense")
+    with pytest.raises(EngineError, match="dense is not finite"):  # there is nothing to fall back to
+        choose(monkeypatch, lambda form: 2.0, times, made=with_a_cut())
 
 
 def test_layers_without_a_time_stay_dense_and_that_is_told(monkeypatch):

@@ -191,7 +191,7 @@ def test_a_layer_that_does_not_export_does_not_keep_others_from_being_timed(monk
     assert calls == [4, 2, 2]
 
 
-@pytest.mark.parametrize("problem", [BuildError, EngineError])
+@pytest.mark.parametrize("problem", [ExportError, BuildError, EngineError])
 def test_a_layer_that_does_not_compile_or_run_is_told(monkeypatch, forms, problem):
     def build(*_, name, **options):
         if name == "packed":
