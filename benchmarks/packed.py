@@ -280,7 +280,7 @@ _IDEAL = "Ideal: one over the share of weights left in blocks; layers without bl
 def _line(form: str, rows: list[Row], measured: str) -> Series:
     over = "ideal" if measured == "inside" else "blocks"  # of a layer they differ where blocks are not even
     points = {100 * (1 - 1 / row[over]): row["speed_up"][measured][0] for row in rows}
-    return Series(form, tuple(sorted({0.0: 1.0, **points}.items())) if points else ())
+    return Series(form, tuple(sorted(points.items())))
 
 
 def report(rows: list[Row]) -> str:

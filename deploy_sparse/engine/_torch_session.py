@@ -27,12 +27,15 @@ log = logging.getLogger("deploy_sparse.torch")
 _WARM_UP = 3  # runs before a capture: the first ones search algorithms and compile kernels
 
 
+_GPU_LOCK = threading.Lock()  # one for all sessions: what they set is the process's
+
+
 class TorchSession:
     """A torch program ready to run.
 
-    On the CPU ``run`` may be called from several threads. On a GPU calls are serialised by a lock, weights and
-    activations of four axes are channels-last, and cuDNN searches for its fastest algorithms; the process-wide settings
-    that this needs are set for the time of a call.
+    On the CPU ``run`` may be called from several threads. On a GPU a lock serialises the calls of all sessions,
+    weights and activations of four axes are channels-last, and cuDNN searches for its fastest algorithms; the
+    process-wide settings that this needs are set for the time of a call.
 
     Attributes:
         blocks: where the block kernel could run, and whether it does.
@@ -48,7 +51,7 @@ class TorchSession:
         program = read_bytes(data, where, remake=rebuild)
         self._target, self._inputs, self._outputs, self._rebuild = target, tuple(inputs), tuple(outputs), rebuild
         self._on_gpu = target.device == "cuda"
-        self._lock = threading.Lock()
+        self._lock = _GPU_LOCK if self._on_gpu else threading.Lock()
         self._stream: Any = None
         if self._on_gpu:
             with self._explained("loading"), quiet():
@@ -61,7 +64,7 @@ class TorchSession:
                 loosen_views_(self._module)
                 torch.cuda.synchronize()  # what follows runs on the session's own stream
         self.blocks: tuple[BlockChoice, ...]
-        with self._explained("loading"), self._settings(), torch.no_grad():
+        with self._lock, self._explained("loading"), self._settings(), torch.no_grad():
             fold_batchnorm_(self._module)
             self._module, self.blocks = with_block_kernels(pruned(self._module), target)
         for choice in self.blocks:
