@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -65,7 +66,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         ArtifactError: the folder cannot be written; the old file is untouched.
     """
     path = Path(path)
-    temporary = _temporary_name(path)
+    temporary = temporary_name(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -150,7 +151,7 @@ def write_artifact(folder: Path, kind: str, payload: Mapping[str, bytes], body: 
     sidecar = describe(kind, payload, body)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         return _same_content(folder, kind, sidecar["digest"])
-    temporary = _temporary_name(folder)
+    temporary = temporary_name(folder)
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -166,13 +167,14 @@ def write_artifact(folder: Path, kind: str, payload: Mapping[str, bytes], body: 
     return Artifact(folder, kind, dict(body), sidecar["digest"], sidecar["files"])
 
 
-def read_artifact(path: Path, kind: str, *, remake: str) -> Artifact:
+def read_artifact(path: Path, kind: str, *, remake: str, hashes: bool = True) -> Artifact:
     """Verify an artifact and return it. Nothing of a payload is parsed before its hash was checked.
 
     Args:
         path: the artifact's folder, or any file in it.
         kind: the expected kind.
         remake: the command that makes such an artifact, for the error message.
+        hashes: False checks the sidecar's digest and the size of every file but reads no payload: for listing only.
 
     Raises:
         ArtifactError: missing, another kind, truncated or altered.
@@ -206,7 +208,9 @@ def read_artifact(path: Path, kind: str, *, remake: str) -> Artifact:
     if not matches:
         raise _altered(sidecar_path, "its digest does not match its content", remake)
     for name, entry in sidecar["files"].items():
-        _verify_file(folder / name, entry, remake)
+        if Path(name).name != name:
+            raise _altered(sidecar_path, f"it names the file {name!r}, which is not in its folder", remake)
+        _verify_file(folder / name, entry, remake, hashes)
     body = {key: value for key, value in sidecar.items() if key not in ("kind", "format_version", "files")}
     return Artifact(folder, kind, body, digest, sidecar["files"])
 
@@ -272,15 +276,14 @@ def _same_content(folder: Path, kind: str, digest: str) -> Artifact:
     return existing
 
 
-def _verify_file(path: Path, entry: Mapping[str, Any], remake: str) -> None:
+def _verify_file(path: Path, entry: Mapping[str, Any], remake: str, hashes: bool) -> None:
     if not path.is_file():
         raise _altered(path, "the file is missing", remake)
     expected_size, expected_hash = entry.get("bytes"), str(entry.get("sha256"))
     size = path.stat().st_size
     if size != expected_size:
         raise _altered(path, f"it has {size} bytes, not {expected_size}", remake)
-    actual = sha256_file(path)
-    if actual != expected_hash:
+    if hashes and (actual := sha256_file(path)) != expected_hash:
         raise _altered(path, f"its SHA-256 is {actual[:12]}…, not {expected_hash[:12]}…", remake)
 
 
@@ -296,8 +299,15 @@ def _unreadable(path: Path, problem: OSError) -> ArtifactError:
     )
 
 
-def _temporary_name(path: Path) -> Path:
+def temporary_name(path: Path) -> Path:
+    """A free name beside ``path`` for what is not finished, or no longer wanted; :func:`unfinished_name` reads it."""
     return path.with_name(f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def unfinished_name(name: str) -> str | None:
+    """The final name that something named by :func:`temporary_name` was to get; None for any other name."""
+    found = re.fullmatch(r"\.tmp-(.+)-\d+-[0-9a-f]{8}", name)
+    return found[1] if found else None
 
 
 def _write_synced(path: Path, data: bytes) -> None:

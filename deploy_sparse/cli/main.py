@@ -23,6 +23,7 @@ VERBS = {
     "inspect": "tables of layers and channel groups: what surgery cuts, what stays and why",
     "compact": "cut a ticket into a smaller network and verify it",
     "build": "compile an engine for a target",
+    "engines": "list, verify and clean up the engines in a folder",
     "profile": "time engines against a baseline, interleaved in one run",
     "report": "write the Markdown and HTML report of a run or of records",
     "doctor": "versions, hardware, what is missing and what that disables",

@@ -54,8 +54,8 @@ class OrtSession:
         except Exception as problem:
             raise EngineError(
                 f"ONNX Runtime failed while running: {_reason(problem)}",
-                expected="a graph that runs at every batch size of its range",
-                fix="export the module again at this batch size, or narrow [batch] of the target",
+                expected="a graph that runs at every shape of its ranges",
+                fix="export the module again at this shape, or narrow [batch] or [axes] of the target",
             ) from problem
         return dict(zip(self._outputs, values, strict=True))
 

@@ -13,11 +13,15 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError, MissingDependencyError
+from ._trt_config import builder_config, label
+from .fit import Obstacle, gpu_takes, version_takes
 from .target import Target, list_targets
 from .tensors import TensorSpec
+from .timings import attach_timings, save_timings, timing_file
 
 log = logging.getLogger("deploy_sparse.tensorrt")
 
@@ -45,16 +49,6 @@ class Compiled:
 
     plan: bytes
     float_types: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Obstacle:
-    """Why an engine cannot run here, and what to do: ``fix``, for which ``target`` (None: not by a build)."""
-
-    reason: str
-    expected: str
-    fix: str
-    target: str | None
 
 
 def library(runtime: str) -> Any:
@@ -98,14 +92,23 @@ def builder_library(target: Target) -> Any:
 
     Raises:
         MissingDependencyError: the library is not installed.
-        BuildError: full TensorRT without a GPU.
+        BuildError: full TensorRT without a GPU, or with another than the target is for.
     """
     trt = library(target.runtime)
-    if target.runtime == "tensorrt" and local_gpu() is None:
+    if target.runtime != "tensorrt":
+        return trt
+    gpu = local_gpu()
+    if gpu is None:
         raise BuildError(
             f"target {target.name!r} compiles for the GPU of this machine, which has none",
             expected="an NVIDIA GPU and its driver",
             fix="build on the machine that will run it, or take a target that compiles without a GPU: rtx-portable",
+        )
+    if target.compute_capabilities and gpu.capability not in target.compute_capabilities:
+        raise BuildError(
+            f"target {target.name!r} compiles for the GPU of this machine, which is a {gpu.name} ({gpu.capability})",
+            expected=f"a GPU of {', '.join(target.compute_capabilities)}",
+            fix="build on the machine that will run it, or take target tensorrt, which is for whatever GPU is there",
         )
     return trt
 
@@ -138,7 +141,7 @@ def compile_onnx(graph: bytes, target: Target, inputs: Sequence[TensorSpec]) -> 
     """Compile the bytes of an ONNX file for a TensorRT target.
 
     Args:
-        inputs: the graph's inputs; dynamic batch axes get the target's batch range.
+        inputs: the graph's inputs; dynamic axes get the target's ranges.
 
     Raises:
         MissingDependencyError: the library is not installed.
@@ -150,15 +153,19 @@ def compile_onnx(graph: bytes, target: Target, inputs: Sequence[TensorSpec]) -> 
         builder = trt.Builder(_logger(trt))
         network = builder.create_network(_network_flags(trt))
         _parse(trt, network, graph, target)
-        config = _builder_config(trt, builder, target)
+        config = builder_config(trt, builder, target)
         _add_profile(builder, config, network, inputs, target)
+        timings = _timing_file(trt, target)
+        cache = attach_timings(config, timings)
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             raise BuildError(
-                f"{_label(trt)} could not compile the network for {target.name!r}: {last_errors()}",
+                f"{label(trt)} could not compile the network for {target.name!r}: {last_errors()}",
                 expected="a network the compiler supports on this target",
                 fix="try rtx-portable or a smaller batch range; replace the layer it names",
             )
+        if timings is not None and cache is not None:
+            save_timings(config, cache, timings)
         return Compiled(bytes(plan), _float_types(network))
 
 
@@ -169,28 +176,56 @@ def last_errors() -> str:
 
 def obstacle(manifest: Mapping[str, Any]) -> Obstacle | None:
     """Why the engine with this manifest cannot run on this machine, or None. Decided before touching the engine."""
-    runtime, version = manifest["runtime"]["name"], manifest["runtime"]["version"]
-    own = manifest["target"]["name"]
     gpu = local_gpu()
     if gpu is None:
         fix = "load it on a machine with that GPU, or build for the CPU of this one"
         return Obstacle("no NVIDIA GPU", "an NVIDIA GPU and its driver", fix, "cpu")
     try:
-        here = str(library(runtime).__version__)
+        return other_version(manifest) or _other_gpu(manifest, gpu)
     except MissingDependencyError as problem:
         return Obstacle(problem.given, problem.expected, problem.fix, None)
-    if here != version:
-        expected = f"{runtime} {version}: engines are not portable across versions"
-        return Obstacle(f"{runtime} {here}", expected, "build it again here", own)
-    wanted, tuned_on = manifest["compute_capabilities"], manifest["gpu"]
-    if wanted and gpu.capability not in wanted:
-        close = f"rtx-{gpu.capability.lower()}"
-        better = own if runtime == "tensorrt" else close if close in list_targets() else "rtx-portable"
-        expected = f"a GPU of {', '.join(wanted)}"
-        return Obstacle(f"{gpu.name} ({gpu.capability})", expected, "build it for this GPU", better)
-    if tuned_on and tuned_on["name"] != gpu.name:
+
+
+def other_version(manifest: Mapping[str, Any]) -> Obstacle | None:
+    """Why the library installed here does not take the engine, on whatever GPU, or None.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    runtime, version, target = manifest["runtime"]["name"], manifest["runtime"]["version"], manifest["target"]
+    forward = bool(target.get("version_compatible", False))
+    here = str(library(runtime).__version__)
+    if version_takes(version, here, version_compatible=forward):
+        return None
+    why = ", or a later one of its major version" if forward else ": engines are not portable across versions"
+    return Obstacle(f"{runtime} {here}", f"{runtime} {version}{why}", "build it again here", target["name"])
+
+
+def _other_gpu(manifest: Mapping[str, Any], gpu: Gpu) -> Obstacle | None:
+    if gpu_takes(manifest, gpu.name, gpu.capability):
+        return None
+    wanted, tuned_on, own = manifest["compute_capabilities"], manifest["gpu"], manifest["target"]["name"]
+    if gpu.capability in wanted:
         return Obstacle(gpu.name, f"a {tuned_on['name']}, which it was tuned on", "build it again here", own)
-    return None
+    if manifest["runtime"]["name"] == "tensorrt":
+        limited = manifest["target"].get("compute_capabilities")
+        better = "tensorrt" if limited and gpu.capability not in limited else own
+    else:
+        close = f"rtx-{gpu.capability.lower()}"
+        better = close if close in list_targets() else "rtx-portable"
+    return Obstacle(f"{gpu.name} ({gpu.capability})", f"a GPU of {', '.join(wanted)}", "build it for this GPU", better)
+
+
+def refitted(trt: Any, engine: Any, graph: bytes, logger: Any) -> bool:
+    """Fill the weights of an ONNX file into an engine that was compiled without them; whether all went in."""
+    refitter = trt.Refitter(engine, logger)
+    parser = trt.OnnxParserRefitter(refitter, logger)
+    return bool(parser.refit_from_bytes(graph) and refitter.refit_cuda_engine())
+
+
+def _timing_file(trt: Any, target: Target) -> Path | None:
+    gpu = local_gpu() if target.runtime == "tensorrt" else None
+    return timing_file(target, str(trt.__version__), gpu.name) if gpu else None
 
 
 def _network_flags(trt: Any) -> int:
@@ -207,49 +242,30 @@ def _parse(trt: Any, network: Any, graph: bytes, target: Target) -> None:
     problems = [parser.get_error(index) for index in range(parser.num_errors)]
     nodes = [f"node {p.node_name() or p.node()!r} ({p.node_operator()}): {p.desc()}" for p in problems]
     raise BuildError(
-        f"{_label(trt)} does not accept the graph for {target.name!r}: {'; '.join(nodes) or last_errors()}",
+        f"{label(trt)} does not accept the graph for {target.name!r}: {'; '.join(nodes) or last_errors()}",
         expected="operators that TensorRT's ONNX parser supports",
         fix="replace that operator in the module, or take target cpu",
     )
 
 
-def _builder_config(trt: Any, builder: Any, target: Target) -> Any:
-    config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.avg_timing_iterations = 8  # the API's default of 1 picks noisier kernels
-    config.builder_optimization_level = target.builder_level
-    if not target.tf32:
-        config.clear_flag(trt.BuilderFlag.TF32)  # on by default
-    if target.workspace_mib is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, target.workspace_mib << 20)
-    if hasattr(config, "num_compute_capabilities"):  # RTX; zero means its portable set
-        config.num_compute_capabilities = len(target.compute_capabilities)
-        for index, name in enumerate(target.compute_capabilities):
-            capability = getattr(trt.ComputeCapability, name, None)
-            if capability is None:
-                raise BuildError(
-                    f"{_label(trt)} does not know compute capability {name}",
-                    expected=f"one of {', '.join(trt.ComputeCapability.__members__)}",
-                    fix="install a newer tensorrt-rtx, or take another target",
-                )
-            config.set_compute_capability(capability, index)
-    return config
-
-
 def _add_profile(builder: Any, config: Any, network: Any, inputs: Sequence[TensorSpec], target: Target) -> None:
-    dynamic = [spec for spec in inputs if spec.batched]
+    dynamic = [spec for spec in inputs if spec.batched or spec.axes]
     if not dynamic:
         return
     profile = builder.create_optimization_profile()
     for spec in dynamic:
         profile.set_shape(
-            spec.name, *(spec.concrete(b) for b in (target.batch.min, target.batch.opt, target.batch.max))
+            spec.name,
+            spec.concrete(target.batch.min, {name: extents.min for name, extents in target.axes.items()}),
+            spec.concrete(target.batch.opt, {name: extents.opt for name, extents in target.axes.items()}),
+            spec.concrete(target.batch.max, {name: extents.max for name, extents in target.axes.items()}),
         )
     if config.add_optimization_profile(profile) < 0:
+        axes = "".join(f", {name} {extents.min} to {extents.max}" for name, extents in target.axes.items())
         raise BuildError(
-            f"TensorRT refuses the batch range {target.batch.min} to {target.batch.max}: {last_errors()}",
-            expected="a batch range the network accepts",
-            fix="change [batch] of the target",
+            f"TensorRT refuses the batch range {target.batch.min} to {target.batch.max}{axes}: {last_errors()}",
+            expected="ranges the network accepts",
+            fix="change [batch] or [axes] of the target",
         )
 
 
@@ -260,10 +276,6 @@ def _float_types(network: Any) -> frozenset[str]:
         tensors += [layer.get_output(position) for position in range(layer.num_outputs)]
     names = {data_type_name(tensor.dtype) for tensor in tensors if tensor is not None}
     return frozenset(name for name in names if "float" in name)
-
-
-def _label(trt: Any) -> str:
-    return f"{'TensorRT-RTX' if trt.__name__.endswith('rtx') else 'TensorRT'} {trt.__version__}"
 
 
 @cache

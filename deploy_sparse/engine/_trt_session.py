@@ -10,23 +10,32 @@ import numpy as np
 import torch
 
 from ..errors import EngineError
-from ._trt import data_type_name, last_errors, library, log, process_logger
+from ._trt import data_type_name, last_errors, library, log, process_logger, refitted
 from .tensors import Feeds
 
 
 class TrtSession:
     """One engine with one execution context on a stream of its own. Calls are serialised by a lock.
 
+    Args:
+        plan: the compiled engine.
+        runtime: ``"tensorrt"`` or ``"tensorrt-rtx"``.
+        rebuild: the command that builds it again, for messages.
+        allow_host_code: let the engine bring code for the CPU.
+        weights: the bytes of the ONNX file it was compiled from, for an engine without weights of its own.
+
     Raises:
-        EngineError: TensorRT rejects the engine, or it needs host tensors.
+        EngineError: TensorRT rejects the engine or the weights, or it needs host tensors.
     """
 
-    def __init__(self, plan: bytes, runtime: str, rebuild: str) -> None:
+    def __init__(
+        self, plan: bytes, runtime: str, rebuild: str, *, allow_host_code: bool = False, weights: bytes | None = None
+    ) -> None:
         trt = library(runtime)
         self._rebuild = rebuild
         self._lock = threading.Lock()
         self._runtime = trt.Runtime(process_logger(runtime))  # must outlive the engine
-        self._runtime.engine_host_code_allowed = False
+        self._runtime.engine_host_code_allowed = allow_host_code
         if hasattr(self._runtime, "get_engine_validity"):
             validity, diagnostics = self._runtime.get_engine_validity(plan)
             if validity == trt.EngineValidity.SUBOPTIMAL:
@@ -36,6 +45,8 @@ class TrtSession:
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise self._rejected("it cannot be deserialized")
+        if weights is not None and not refitted(trt, self._engine, weights, process_logger(runtime)):
+            raise self._rejected("its weights could not be filled in from its ONNX graph")
         self._context = self._engine.create_execution_context()
         if self._context is None:
             raise self._rejected("no execution context can be made (GPU memory?)")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import tempfile
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..artifact import FORMAT_VERSION, digest_of, environment, write_artifact
-from ..errors import ArtifactError, BuildError, ConfigError
+from ..errors import ArtifactError, BuildError, ConfigError, nearest
 from .entry import KIND, ONNX_FILE, PLAN_FILE, PROGRAM_FILE, Engine, open_entry
 from .float_formats import check_precision, precision_of
 from .onnx_file import OnnxFile, float_types, parity_as_json, parse_graph, sidecar_path
@@ -69,7 +71,7 @@ def build_engine(
     maker = _maker(wanted)
     source, graph = _source(subject, example_inputs, wanted)
     form = "program" if wanted.runtime == "torch" else "onnx"
-    batch = _batch_range(source, wanted)
+    batch, axes = _batch_range(source, wanted), _axes(source, wanted)
     key = digest_of(
         {
             "format_version": FORMAT_VERSION,
@@ -80,8 +82,8 @@ def build_engine(
         }
     )
     folder = Path(out) / f"{name}-{wanted.name}-{key[:12]}"
-    if folder.exists():
-        return _existing(folder, key)
+    if (found := _existing(folder, key)) is not None:
+        return found
     started = time.perf_counter()
     payload, built, read_from = _compile(source, graph, wanted)
     seconds = time.perf_counter() - started
@@ -101,6 +103,7 @@ def build_engine(
         "inputs": [spec.as_json() for spec in source.inputs],
         "outputs": [spec.as_json() for spec in source.outputs],
         "batch": batch,
+        **({"axes": axes} if axes else {}),
         "precision": {"asked": wanted.precision, "built": built, "read_from": read_from, "tf32": wanted.tf32},
         "parameters": source.parameters,
         "macs": source.macs,
@@ -111,9 +114,9 @@ def build_engine(
     try:
         write_artifact(folder, KIND, payload, manifest)
     except ArtifactError:
-        if not folder.exists():
+        if (found := _existing(folder, key)) is None:
             raise
-        return _existing(folder, key)  # another process finished the same build first
+        return found  # another process finished the same build first
     return open_entry(folder)
 
 
@@ -130,10 +133,15 @@ def require_runtime(target: Target) -> None:
         builder_library(target)
 
 
-def _existing(folder: Path, key: str) -> Engine:
+def _existing(folder: Path, key: str) -> Engine | None:
+    """The verified entry; None where there is none, or none any more: a clean-up may take it away meanwhile."""
+    if not folder.exists():
+        return None
     try:
         engine = open_entry(folder)
     except ArtifactError as problem:
+        if not folder.exists():
+            return None
         raise ArtifactError(
             problem.given, expected=problem.expected, fix=f"remove {folder} and build again"
         ) from problem
@@ -141,6 +149,8 @@ def _existing(folder: Path, key: str) -> Engine:
         raise ArtifactError(
             f"{folder} holds another engine", expected="a free folder", fix=f"remove {folder} or choose another --out"
         )
+    with contextlib.suppress(OSError):  # a folder that may only be read serves as well
+        os.utime(folder / f"{KIND}.json")  # its age counts from now: a clean-up keeps the latest of a name
     return replace(engine, cached=True)
 
 
@@ -192,18 +202,31 @@ def _maker(target: Target) -> _Maker:
 
 
 def _batch_range(source: OnnxFile | TorchProgram, target: Target) -> dict[str, int]:
-    for spec in source.inputs:
-        for axis, extent in enumerate(spec.shape[1:], start=1):
-            if isinstance(extent, str):
-                raise BuildError(
-                    f"input {spec.name!r} has the dynamic axis {axis} ({extent!r}): {spec}",
-                    expected="inputs whose first axis (the batch) alone may be dynamic",
-                    fix="export the graph with a fixed extent there, one engine per size",
-                )
     if any(spec.batched for spec in source.inputs):
         return {"min": target.batch.min, "opt": target.batch.opt, "max": target.batch.max}
     fixed = next((spec.shape[0] for spec in source.inputs if spec.shape), 1)  # the file's own batch, no choice left
     return {"min": int(fixed), "opt": int(fixed), "max": int(fixed)}
+
+
+def _axes(source: OnnxFile | TorchProgram, target: Target) -> dict[str, dict[str, int]]:
+    """Ranges of the dynamic axes other than the batch, by name; each has one in the target, and none is left over."""
+    names = {name for spec in source.inputs for name in spec.axes.values()}
+    for spec in source.inputs:
+        for axis, name in spec.axes.items():
+            if name not in target.axes:
+                raise BuildError(
+                    f"input {spec.name!r} has the dynamic axis {axis} ({name!r}): {spec}",
+                    expected=f"a fixed extent there, or a range for it in target {target.name!r}",
+                    fix=f"give the target a table [axes.{name}] with min, opt and max, or export with a fixed extent",
+                )
+    for name in target.axes:
+        if name not in names:
+            raise BuildError(
+                f"target {target.name!r} has a range for the axis {name!r}, which no input has",
+                expected=f"one of {', '.join(sorted(names))}" if names else "no [axes]: only the batch can be dynamic",
+                fix=f"{nearest(name, sorted(names))}inputs are {', '.join(map(str, source.inputs))}",
+            )
+    return {name: target.axes[name].model_dump() for name in sorted(names)}
 
 
 def _compile(source: OnnxFile | TorchProgram, graph: bytes, target: Target) -> tuple[dict[str, bytes], str, str]:

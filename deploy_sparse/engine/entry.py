@@ -60,6 +60,11 @@ class Engine:
         """Smallest and largest batch."""
         return self.manifest["batch"]["min"], self.manifest["batch"]["max"]
 
+    @property
+    def axes(self) -> dict[str, dict[str, int]]:
+        """Smallest, tuned-for and largest extents (``min``, ``opt``, ``max``) of other dynamic axes, by name."""
+        return dict(self.manifest.get("axes", {}))
+
     def build_command(self, target: str | None = None) -> str:
         """The shell command that builds this engine's own ONNX file again, for its own target or another shipped one.
 
@@ -83,12 +88,7 @@ class Engine:
 
     def runnable(self) -> str | None:
         """None when the engine can run on this machine, otherwise the reason why not."""
-        if not self.target.on_gpu:
-            return None
-        from ._trt import local_gpu, obstacle
-
-        if self.target.runtime == "torch":
-            return None if local_gpu() else "compiled, not timed here: no NVIDIA GPU"
+        from .fit import obstacle
 
         found = obstacle(self.manifest)
         if found is None:
@@ -96,20 +96,23 @@ class Engine:
         wanted = f", it needs {found.expected}" if found.reason != "no NVIDIA GPU" else ""
         return f"compiled, not timed here: {found.reason}{wanted}"
 
-    def open(self) -> Runner:
+    def open(self, *, allow_host_code: bool = False) -> Runner:
         """Verify the files and load the engine; see :func:`deploy_sparse.load_engine`."""
         from .runner import load_engine
 
-        return load_engine(self)
+        return load_engine(self, allow_host_code=allow_host_code)
 
 
-def open_entry(path: str | Path) -> Engine:
+def open_entry(path: str | Path, *, hashes: bool = True) -> Engine:
     """Verify the engine entry that ``path`` (its folder, or a file in it) names; every hash is checked.
+
+    Args:
+        hashes: False reads the manifest only and checks its digest and the sizes of files: for listing, never loading.
 
     Raises:
         ArtifactError: missing, another kind of artifact, truncated, altered, or by another version.
     """
-    found = read_artifact(Path(path), KIND, remake=REMAKE)
+    found = read_artifact(Path(path), KIND, remake=REMAKE, hashes=hashes)
     manifest = {**found.body, "digest": found.digest, "files": found.files}
     try:
         engine = Engine(found.folder, manifest, config_from(Target, manifest["target"], source=str(found.folder)))

@@ -11,7 +11,8 @@ import numpy as np
 
 from ..artifact import sha256_bytes
 from ..errors import ArtifactError, EngineError
-from .entry import Engine, open_entry
+from .entry import ONNX_FILE, Engine, open_entry
+from .fit import obstacle
 from .tensors import Feeds, TensorSpec, check_feeds, sample_feeds
 
 
@@ -36,6 +37,8 @@ class Runner:
         self.inputs: tuple[TensorSpec, ...] = engine.inputs
         self.outputs: tuple[TensorSpec, ...] = engine.outputs
         self._batch_range = engine.batch_range
+        self._ranges = {name: (extents["min"], extents["max"]) for name, extents in engine.axes.items()}
+        self._extents = {name: extents["opt"] for name, extents in engine.axes.items()}
         self._folder = engine.folder
         self._session: Session | None = session
 
@@ -52,7 +55,7 @@ class Runner:
             EngineError: feeds the engine does not accept, or a failed run.
         """
         session = self._open_session()
-        check_feeds(feeds, self.inputs, self._batch_range)
+        check_feeds(feeds, self.inputs, self._batch_range, self._ranges)
         return session.run(feeds)
 
     def prepare(self, feeds: Feeds) -> Callable[[], None]:
@@ -65,17 +68,19 @@ class Runner:
             EngineError: feeds the engine does not accept.
         """
         session = self._open_session()
-        check_feeds(feeds, self.inputs, self._batch_range)
+        check_feeds(feeds, self.inputs, self._batch_range, self._ranges)
         return session.prepare(feeds)
 
     def sample_inputs(self, batch: int | None = None, seed: int = 0) -> dict[str, np.ndarray]:
         """Seeded inputs of one batch size (the engine's smallest by default); equal seeds give equal inputs.
 
+        Other dynamic axes have the extents that the engine is tuned for.
+
         Raises:
             EngineError: a batch outside the engine's range.
         """
-        feeds = sample_feeds(self.inputs, self._batch_range[0] if batch is None else batch, seed)
-        check_feeds(feeds, self.inputs, self._batch_range)
+        feeds = sample_feeds(self.inputs, self._batch_range[0] if batch is None else batch, seed, self._extents)
+        check_feeds(feeds, self.inputs, self._batch_range, self._ranges)
         return feeds
 
     def close(self) -> None:
@@ -102,11 +107,13 @@ class Runner:
         return self._session
 
 
-def load_engine(path: str | Path | Engine) -> Runner:
+def load_engine(path: str | Path | Engine, *, allow_host_code: bool = False) -> Runner:
     """Verify an engine entry and open it.
 
     Args:
         path: the entry's folder, a file in it, or an :class:`Engine`.
+        allow_host_code: let TensorRT run the host code in an engine, which only engines of a target with
+            ``version_compatible`` hold. That is a program on this machine's CPU: say yes to engines that you trust.
 
     Raises:
         ArtifactError: missing, truncated or altered; nothing of it was run.
@@ -123,15 +130,13 @@ def load_engine(path: str | Path | Engine) -> Runner:
     if engine.target.runtime == "torch":
         return Runner(engine, _torch_session(engine))
     if engine.target.on_gpu:
-        return Runner(engine, _gpu_session(engine))
+        return Runner(engine, _gpu_session(engine, allow_host_code))
     from ._ort import OrtSession
 
     return Runner(engine, OrtSession(_engine_bytes(engine), engine.target.threads))
 
 
-def _gpu_session(engine: Engine) -> Session:
-    from ._trt import obstacle
-
+def _gpu_session(engine: Engine, allow_host_code: bool) -> Session:
     found = obstacle(engine.manifest)
     if found is not None:
         where = ", ".join(engine.manifest["compute_capabilities"]) or "the portable set of GPUs"
@@ -141,17 +146,31 @@ def _gpu_session(engine: Engine) -> Session:
             expected=found.expected,
             fix=f"{found.fix}: {engine.build_command(found.target)}" if found.target else found.fix,
         )
+    if engine.target.version_compatible and not allow_host_code:
+        raise EngineError(
+            f"{engine.folder} holds host code: TensorRT's lean runtime, as its target is version_compatible",
+            expected="an engine without host code, or leave to run it",
+            fix="if you trust where it comes from: load_engine(path, allow_host_code=True)",
+        )
     from ._trt_session import TrtSession
 
-    return TrtSession(_engine_bytes(engine), engine.target.runtime, engine.build_command())
+    weights = _verified(engine, engine.folder / ONNX_FILE) if engine.target.strip else None
+    return TrtSession(
+        _engine_bytes(engine),
+        engine.target.runtime,
+        engine.build_command(),
+        allow_host_code=allow_host_code and engine.target.version_compatible,
+        weights=weights,
+    )
 
 
 def _torch_session(engine: Engine) -> Session:
-    if (reason := engine.runnable()) is not None:
+    if (found := obstacle(engine.manifest)) is not None:
+        kind = "for a GPU" if found.reason == "no NVIDIA GPU" else f"by torch {engine.manifest['runtime']['version']}"
         raise EngineError(
-            f"{engine.folder} is a torch engine for a GPU; here: {reason.partition(': ')[2]}",
-            expected="an NVIDIA GPU and its driver",
-            fix=f"load it on a machine with one, or build for the CPU: {engine.build_command('torch-cpu')}",
+            f"{engine.folder} is a torch engine {kind}; here: {found.reason}",
+            expected=found.expected,
+            fix=f"{found.fix}: {engine.build_command(found.target)}",
         )
     from ._torch_session import TorchSession
 
@@ -161,11 +180,15 @@ def _torch_session(engine: Engine) -> Session:
 
 
 def _engine_bytes(engine: Engine) -> bytes:
+    return _verified(engine, engine.path)
+
+
+def _verified(engine: Engine, path: Path) -> bytes:
     """The very bytes that were verified: hashed after reading, so that a file swapped in between is not run."""
-    data = engine.path.read_bytes()
-    if sha256_bytes(data) != engine.manifest["files"][engine.path.name]["sha256"]:
+    data = path.read_bytes()
+    if sha256_bytes(data) != engine.manifest["files"][path.name]["sha256"]:
         raise ArtifactError(
-            f"{engine.path} changed while it was being loaded",
+            f"{path} changed while it was being loaded",
             expected="a file nobody else writes",
             fix=f"build it again: {engine.build_command()}",
         )

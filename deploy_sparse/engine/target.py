@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -11,9 +12,39 @@ from ..artifact import digest_of
 from ..config import Config, config_from, read_toml
 from ..errors import ConfigError, nearest
 
-ComputeCapability = Literal["SM75", "SM80", "SM86", "SM89", "SM120", "SM121"]
+ComputeCapability = Literal["SM75", "SM80", "SM86", "SM87", "SM89", "SM90", "SM100", "SM103", "SM110", "SM120", "SM121"]
 Runtime = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "torch"]
-_OF_TORCH = frozenset({"device", "cuda_graph", "block_kernel"})  # fields of no other runtime, left out of its digest
+_RTX_TAKES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
+_TRT: frozenset[Runtime] = frozenset({"tensorrt"})
+_TRT_AND_RTX: frozenset[Runtime] = frozenset({"tensorrt", "tensorrt-rtx"})
+_TORCH: frozenset[Runtime] = frozenset({"torch"})
+
+RUNTIMES_OF: Mapping[str, frozenset[Runtime]] = {
+    "precision": frozenset(get_args(Runtime)),
+    "axes": frozenset({"onnxruntime", "tensorrt", "tensorrt-rtx"}),
+    "threads": frozenset({"onnxruntime", "torch"}),
+    "device": _TORCH,
+    "cuda_graph": _TORCH,
+    "block_kernel": _TORCH,
+    "tf32": frozenset({"tensorrt", "tensorrt-rtx", "torch"}),
+    "compute_capabilities": _TRT_AND_RTX,
+    "builder_level": _TRT_AND_RTX,
+    "workspace_mib": _TRT_AND_RTX,
+    "aux_streams": _TRT_AND_RTX,
+    "sparse_weights": _TRT_AND_RTX,
+    "timing_cache": _TRT,
+    "version_compatible": _TRT,
+    "hardware_compatibility": _TRT,
+    "refit": _TRT,
+    "strip": _TRT,
+}
+"""The runtimes that take a key; keys that are not here go with all of them."""
+
+_OF_TORCH = frozenset({"device", "cuda_graph", "block_kernel"})  # left out of the digests of other runtimes
+_LATER = frozenset({  # left out of a digest while they have their defaults: engines from before they existed stay
+    "axes", "aux_streams", "sparse_weights", "timing_cache", "version_compatible", "hardware_compatibility", "refit",
+    "strip",
+})  # fmt: skip
 
 
 class Batch(Config):
@@ -22,6 +53,20 @@ class Batch(Config):
     min: int = Field(default=1, ge=1, description="smallest batch the engine accepts")
     opt: int = Field(default=1, ge=1, description="batch the compiler tunes for")
     max: int = Field(default=64, ge=1, description="largest batch the engine accepts")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError("min <= opt <= max")
+        return self
+
+
+class Extents(Config):
+    """Extents of one dynamic axis, and the one it is tuned for: ``1 <= min <= opt <= max``."""
+
+    min: int = Field(ge=1, description="smallest extent the engine accepts")
+    opt: int = Field(ge=1, description="extent the compiler tunes for")
+    max: int = Field(ge=1, description="largest extent the engine accepts")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -42,6 +87,9 @@ class Target(Config):
         default=False, description="let the GPU round fp32 products to TF32; off, so that fp32 means fp32"
     )
     batch: Batch = Batch()
+    axes: dict[str, Extents] = Field(
+        default_factory=dict, description="other dynamic axes of an ONNX file, by their names in it, such as height"
+    )
     threads: int = Field(default=1, ge=1, le=1024, description="threads within one operator; on the CPU only")
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="where PyTorch runs the engine; torch only")
     cuda_graph: bool = Field(
@@ -53,21 +101,50 @@ class Target(Config):
     )
     compute_capabilities: tuple[ComputeCapability, ...] = Field(
         (),
-        description="GPU generations compiled for ahead of time; empty: the library's portable set; tensorrt-rtx only",
+        description="GPU generations compiled for; empty: with tensorrt-rtx the library's portable set, with "
+        "tensorrt the GPU of the building machine whatever it is",
     )
     builder_level: int = Field(default=3, ge=0, le=5, description="TensorRT's optimisation level")
     workspace_mib: int | None = Field(
-        default=None, ge=1, description="scratch memory the compiler may plan with, in MiB"
+        default=None, ge=1, description="scratch memory the compiler may plan with, in MiB; all of it by default"
+    )
+    aux_streams: int | None = Field(
+        default=None, ge=0, le=64, description="streams beside the main one; 0: none; the library's choice by default"
+    )
+    sparse_weights: bool = Field(
+        default=False, description="let the compiler take kernels for 2:4 sparse weights where weights are and they win"
+    )
+    timing_cache: bool = Field(
+        default=True, description="keep kernel timings of this GPU in the user's cache, and take them in later builds"
+    )
+    version_compatible: bool = Field(
+        default=False,
+        description="run in later versions of TensorRT too; the engine then holds host code, which loading must allow",
+    )
+    hardware_compatibility: Literal["none", "same-capability", "ampere-plus"] = Field(
+        default="none", description="run on other models of GPU too; both kinds can be slower"
+    )
+    refit: Literal["none", "identical", "any"] = Field(
+        default="none", description="weights that can be filled in later: the same ones, or any"
+    )
+    strip: bool = Field(
+        default=False, description="an engine without weights, which loading fills in from its ONNX graph; needs refit"
     )
     width_multiple: int = Field(default=4, ge=1, description="channel counts in multiples of this suit the target")
     description: str = Field(default="", description="one line for people; not part of the digest")
 
     @model_validator(mode="after")
     def _options_fit_runtime(self) -> Self:
-        if self.compute_capabilities and self.runtime != "tensorrt-rtx":
-            raise ValueError(f"compute_capabilities only with runtime tensorrt-rtx, not {self.runtime}")
+        for key in sorted(RUNTIMES_OF.keys() - {"precision", "tf32"} - self._defaults()):
+            if self.runtime not in RUNTIMES_OF[key]:
+                runtimes = " or ".join(sorted(RUNTIMES_OF[key]))
+                raise ValueError(f"{key} only with runtime {runtimes}, not {self.runtime}")
+        if self.runtime == "tensorrt-rtx" and (other := sorted({*self.compute_capabilities} - {*_RTX_TAKES})):
+            raise ValueError(f"one of {', '.join(_RTX_TAKES)}: tensorrt-rtx does not compile for {', '.join(other)}")
         if len(set(self.compute_capabilities)) != len(self.compute_capabilities):
             raise ValueError("every compute capability once")
+        if self.strip and self.refit == "none":
+            raise ValueError("strip with refit = 'identical' or 'any': its weights must come from somewhere")
         torch = self.runtime == "torch"
         if self.tf32 and not self.on_gpu:
             raise ValueError("tf32 only with a TensorRT runtime, or with torch on cuda")
@@ -75,20 +152,19 @@ class Target(Config):
             raise ValueError(f"precision {self.precision!r} only with runtime torch, {self.runtime} builds 'fp32'")
         if self.tf32 and self.precision != "fp32":
             raise ValueError(f"tf32 is a way to compute fp32, not {self.precision}")
-        if not torch and (given := sorted(_OF_TORCH - self._defaults())):
-            raise ValueError(f"{', '.join(given)} only with runtime torch, not {self.runtime}")
         if self.cuda_graph and self.device == "cpu":
             raise ValueError("cuda_graph only with device cuda")
         return self
 
     def _defaults(self) -> set[str]:
         """Names of the fields that have their default value."""
-        return {name for name, field in type(self).model_fields.items() if getattr(self, name) == field.default}
+        fields = type(self).model_fields.items()
+        return {name for name, field in fields if getattr(self, name) == field.get_default(call_default_factory=True)}
 
     @property
     def digest(self) -> str:
         """SHA-256 of everything that shapes an engine: all fields but the description and those of other runtimes."""
-        others = set() if self.runtime == "torch" else _OF_TORCH
+        others = (set() if self.runtime == "torch" else _OF_TORCH) | (_LATER & self._defaults())
         return digest_of(self.model_dump(mode="json", exclude={"description", *others}))
 
     @property
@@ -105,7 +181,9 @@ def list_targets() -> tuple[str, ...]:
 def load_target(name_or_path: str | Path | Target) -> Target:
     """The target with this name, or described by this TOML file; a :class:`Target` is returned as it is.
 
-    A file without a ``name`` key is named after itself.
+    A file without a ``name`` key is named after itself. A file with ``inherits`` starts from the values of that
+    target: a shipped name, or the path of a TOML file, relative to its own folder; ``name`` and ``description`` are
+    not inherited.
 
     Raises:
         ConfigError: no such name or file, an unknown key, or a value out of range.
@@ -118,23 +196,52 @@ def load_target(name_or_path: str | Path | Target) -> Target:
             expected="the name of a target, the path of a TOML file, or a Target",
             fix=f"choose one of {', '.join(list_targets())}",
         )
+    return _read(_target_file(name_or_path), ())
+
+
+class _TargetFile(Target):
+    """What a TOML file may hold: a target, and where it starts from."""
+
+    inherits: str | None = None
+
+
+def _target_file(name_or_path: str | Path, beside: Path | None = None) -> Path:
+    """The TOML file of a target; a relative path is below ``beside`` where that is given."""
     path = Path(name_or_path)
-    if path.suffix != ".toml" and len(path.parts) < 2:
-        names = list_targets()
-        if str(name_or_path) not in names:
-            raise ConfigError(
-                f"unknown target {str(name_or_path)!r}",
-                expected=f"one of {', '.join(names)}, or the path of a TOML file",
-                fix=f"{nearest(str(name_or_path), names)}choose one, or write your own after engines/targets/cpu.toml",
-            )
-        path = targets_folder() / f"{name_or_path}.toml"
+    if path.suffix == ".toml" or len(path.parts) >= 2:
+        return path if beside is None else beside / path
+    names = list_targets()
+    if str(name_or_path) not in names:
+        raise ConfigError(
+            f"unknown target {str(name_or_path)!r}",
+            expected=f"one of {', '.join(names)}, or the path of a TOML file",
+            fix=f"{nearest(str(name_or_path), names)}choose one, or write your own after engines/targets/cpu.toml",
+        )
+    return targets_folder() / f"{name_or_path}.toml"
+
+
+def _read(path: Path, heirs: tuple[Path, ...]) -> Target:
+    """The target in a file, on top of what it inherits; ``heirs`` are the files that inherit from this one."""
+    if path.resolve() in heirs:
+        raise ConfigError(
+            f"{path} inherits from itself", expected="targets without a circle", fix=f"drop inherits in {path}"
+        )
     values = read_toml(path)
+    base: dict[str, Any] = {}
+    if isinstance(parent := values.get("inherits"), str):  # another type is refused below
+        try:
+            found = _read(_target_file(parent, path.parent), (*heirs, path.resolve()))
+        except ConfigError as problem:
+            given = f"{path} inherits {parent!r}: {problem.given}"
+            raise ConfigError(given, expected=problem.expected, fix=problem.fix) from None
+        base = found.model_dump(mode="json", exclude={"name", "description"})
     try:
-        return config_from(Target, {"name": path.stem}, values, source=str(path))
+        mine = config_from(_TargetFile, {"name": path.stem}, base, values, source=str(path))
     except ConfigError as problem:  # whose advice is an option on the command line, and targets have none
         hint, question, _ = problem.fix.rpartition("? ")  # "did you mean 'threads'? "
         fix = f"{hint}{question}mend it in {path}"
         raise ConfigError(problem.given, expected=problem.expected, fix=fix) from None
+    return Target(**mine.model_dump(exclude={"inherits"}))
 
 
 def targets_folder() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from ..errors import EngineError, nearest
 
 Feeds = Mapping[str, np.ndarray]
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class TensorSpec:
     Attributes:
         name: as in the ONNX graph.
         dtype: NumPy's name, for example ``"float32"``.
-        shape: fixed extents as integers, dynamic ones by name; only the first may be dynamic, and is the batch.
+        shape: fixed extents as integers, dynamic ones by name; of the first axis that is the batch.
     """
 
     name: str
@@ -32,9 +34,15 @@ class TensorSpec:
         """Whether the first axis is dynamic."""
         return bool(self.shape) and isinstance(self.shape[0], str)
 
-    def concrete(self, batch: int) -> tuple[int, ...]:
-        """The shape at this batch size."""
-        return tuple(batch if isinstance(extent, str) else extent for extent in self.shape)
+    @property
+    def axes(self) -> dict[int, str]:
+        """Names of the dynamic axes but the batch, by their position."""
+        return {axis: extent for axis, extent in enumerate(self.shape) if axis and isinstance(extent, str)}
+
+    def concrete(self, batch: int, extents: Mapping[str, int] = _NONE) -> tuple[int, ...]:
+        """The shape at this batch size, with these extents of the other dynamic axes."""
+        first = tuple(batch if isinstance(extent, str) else extent for extent in self.shape[:1])
+        return first + tuple(extents[extent] if isinstance(extent, str) else extent for extent in self.shape[1:])
 
     def as_json(self) -> dict[str, Any]:
         """JSON form, read back by :func:`spec_from_json`."""
@@ -49,10 +57,18 @@ def spec_from_json(entry: Mapping[str, Any]) -> TensorSpec:
     return TensorSpec(str(entry["name"]), str(entry["dtype"]), tuple(entry["shape"]))
 
 
-def check_feeds(feeds: Feeds, specs: Sequence[TensorSpec], batch_range: tuple[int, int]) -> int:
-    """Check names, types, shapes and batch of ``feeds``; return the batch size (1 when no axis is dynamic).
+def check_feeds(
+    feeds: Feeds,
+    specs: Sequence[TensorSpec],
+    batch_range: tuple[int, int],
+    ranges: Mapping[str, tuple[int, int]] = _NONE,
+) -> int:
+    """Check names, types, shapes and batch of ``feeds``; return the batch size (1 when it is not dynamic).
 
     Nothing is cast or reshaped silently.
+
+    Args:
+        ranges: smallest and largest extent of dynamic axes other than the batch, by name.
 
     Raises:
         EngineError: feeds the engine does not accept; the message says how to mend them.
@@ -78,7 +94,7 @@ def check_feeds(feeds: Feeds, specs: Sequence[TensorSpec], batch_range: tuple[in
                 f"input {spec.name!r} is missing", expected=f"an array for {spec}", fix="add it to the feeds"
             )
         array = feeds[spec.name]
-        _check_array(array, spec)
+        _check_array(array, spec, ranges)
         if spec.batched:
             batches[spec.name] = array.shape[0]
     if len(set(batches.values())) > 1:
@@ -98,12 +114,14 @@ def check_feeds(feeds: Feeds, specs: Sequence[TensorSpec], batch_range: tuple[in
     return batch
 
 
-def sample_feeds(specs: Sequence[TensorSpec], batch: int, seed: int = 0) -> dict[str, np.ndarray]:
+def sample_feeds(
+    specs: Sequence[TensorSpec], batch: int, seed: int = 0, extents: Mapping[str, int] = _NONE
+) -> dict[str, np.ndarray]:
     """Seeded inputs of one batch size: standard normal for floats, 0 and 1 for everything else."""
     generator = np.random.default_rng(seed)
     feeds: dict[str, np.ndarray] = {}
     for spec in specs:
-        shape, dtype = spec.concrete(batch), np.dtype(spec.dtype)
+        shape, dtype = spec.concrete(batch, extents), np.dtype(spec.dtype)
         if dtype.kind == "f":
             feeds[spec.name] = generator.standard_normal(shape).astype(dtype)
         else:
@@ -111,7 +129,7 @@ def sample_feeds(specs: Sequence[TensorSpec], batch: int, seed: int = 0) -> dict
     return feeds
 
 
-def _check_array(array: Any, spec: TensorSpec) -> None:
+def _check_array(array: Any, spec: TensorSpec, ranges: Mapping[str, tuple[int, int]]) -> None:
     if not isinstance(array, np.ndarray):
         hint = ".detach().cpu().numpy()" if hasattr(array, "detach") else "np.asarray(…)"
         raise EngineError(
@@ -138,6 +156,12 @@ def _check_array(array: Any, spec: TensorSpec) -> None:
                 f"input {spec.name!r} has {extent} at axis {axis}, shape {array.shape}",
                 expected=f"{wanted} there: {spec}",
                 fix="resize the input, or build an engine for this shape",
+            )
+        if axis and isinstance(wanted, str) and not ranges[wanted][0] <= extent <= ranges[wanted][1]:
+            raise EngineError(
+                f"input {spec.name!r} has {extent} at axis {axis} ({wanted}), shape {array.shape}",
+                expected=f"{ranges[wanted][0]} to {ranges[wanted][1]} there: {spec}",
+                fix=f"resize the input, or build with a target whose [axes.{wanted}] range holds it",
             )
     if not array.flags.c_contiguous:
         raise EngineError(

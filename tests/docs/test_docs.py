@@ -56,6 +56,7 @@ def test_every_command_of_the_readme_runs(workplace, capsys):
         "inspect",
         "compact",
         "build",
+        "engines",
         "profile",
         "report",
     }

@@ -20,7 +20,7 @@ from deploy_sparse.engine.build import build_engine
 from deploy_sparse.engine.entry import Engine, open_entry
 from deploy_sparse.engine.onnx_file import OnnxFile, read_onnx
 from deploy_sparse.engine.target import Target, load_target
-from deploy_sparse.errors import ArtifactError, BuildError, ConfigError
+from deploy_sparse.errors import ArtifactError, BuildError, ConfigError, EngineError
 
 
 def relu(path: Path, **graph) -> Path:
@@ -137,10 +137,42 @@ def test_other_precision_is_an_error(tmp_path: Path) -> None:
         build_engine(write_graph(tmp_path / "y.onnx", nodes), "cpu", out=tmp_path)
 
 
-def test_only_the_batch_may_be_dynamic(tmp_path: Path) -> None:
+HEIGHTS = {"height": {"min": 2, "opt": 4, "max": 6}}
+
+
+def with_axes(axes: dict[str, dict[str, int]]) -> Target:
+    return Target(**{**load_target("cpu").model_dump(), "axes": axes})
+
+
+def test_other_dynamic_axes_need_a_range(tmp_path: Path) -> None:
     path = relu(tmp_path / "x.onnx", shape=("n", 3, "height"))
-    with pytest.raises(BuildError, match=r"input 'input' has the dynamic axis 2 \('height'\)"):
+    with pytest.raises(BuildError, match=r"input 'input' has the dynamic axis 2 \('height'\)(.|\n)*\[axes\.height\]"):
         build_engine(path, "cpu", out=tmp_path)
+    for axes in ({**HEIGHTS, "hight": HEIGHTS["height"]}, {**HEIGHTS, "n": HEIGHTS["height"]}):
+        with pytest.raises(BuildError, match=r"a range for the axis '(hight|n)', which no input has") as caught:
+            build_engine(path, with_axes(axes), out=tmp_path)
+        assert caught.value.expected == "one of height"
+    with pytest.raises(BuildError, match="only the batch can be dynamic"):
+        build_engine(relu(tmp_path / "y.onnx"), with_axes(HEIGHTS), out=tmp_path)
+
+
+def test_engine_of_several_heights(tmp_path: Path) -> None:
+    path = relu(tmp_path / "x.onnx", shape=("n", 3, "height"))
+    engine = build_engine(path, with_axes(HEIGHTS), out=tmp_path)
+    assert engine.axes == engine.manifest["axes"] == HEIGHTS
+    assert build_engine(path, with_axes(HEIGHTS), out=tmp_path).cached
+    with engine.open() as runner:
+        assert runner.sample_inputs(3)["input"].shape == (3, 3, 4)
+        for height in (2, 6):
+            x = np.full((2, 3, height), -1, np.float32)
+            np.testing.assert_array_equal(runner.run({"input": x})["output"], 0 * x)
+            runner.prepare({"input": x})()
+        for call in (runner.run, runner.prepare):
+            for height in (1, 7):
+                with pytest.raises(EngineError, match=rf"has {height} at axis 2 \(height\)(.|\n)*2 to 6 there"):
+                    call({"input": np.zeros((1, 3, height), np.float32)})
+        with pytest.raises(EngineError, match="batch 257"):
+            runner.run({"input": np.zeros((257, 3, 4), np.float32)})
 
 
 def test_fixed_batch_of_a_foreign_file(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from deploy_sparse.engine.target import Target, list_targets, load_target, targe
 from deploy_sparse.errors import ConfigError
 
 SHIPPED = (
-    *("cpu", "rtx-portable", "rtx-sm120", "rtx-sm80", "rtx-sm86", "rtx-sm89", "tensorrt", "torch-cpu"),
-    "torch-cuda",
+    *("cpu", "rtx-portable", "rtx-sm120", "rtx-sm75", "rtx-sm80", "rtx-sm86", "rtx-sm89"),
+    *("tensorrt", "tensorrt-a100", "tensorrt-h100", "tensorrt-l4", "tensorrt-orin", "torch-cpu", "torch-cuda"),
 )
 
 
@@ -37,6 +37,14 @@ def test_shipped_targets() -> None:
     assert load_target("rtx-sm89").width_multiple == 8
     assert load_target("rtx-portable").compute_capabilities == ()
     assert load_target("tensorrt").runtime == "tensorrt"
+    full = {name: load_target(name) for name in SHIPPED if name.startswith("tensorrt-")}
+    assert {target.runtime for target in full.values()} == {"tensorrt"}
+    assert {name: target.compute_capabilities for name, target in full.items()} == {
+        "tensorrt-a100": ("SM80",),
+        "tensorrt-h100": ("SM90",),
+        "tensorrt-l4": ("SM89",),
+        "tensorrt-orin": ("SM87",),
+    }
 
 
 def test_digests_differ_and_ignore_the_description() -> None:
@@ -46,11 +54,32 @@ def test_digests_differ_and_ignore_the_description() -> None:
         assert target_of(**change).digest != target_of().digest
 
 
-def test_options_of_torch_leave_other_targets_digests_alone() -> None:
-    values = load_target("cpu").model_dump(mode="json", exclude={"description"})
-    assert load_target("cpu").digest == digest_of(
-        {name: value for name, value in values.items() if name not in ("device", "cuda_graph", "block_kernel")}
-    )
+FIRST_KEYS = (  # what the digests of the first engines were made of
+    *("name", "runtime", "precision", "tf32", "batch", "threads", "compute_capabilities", "builder_level"),
+    *("workspace_mib", "width_multiple"),
+)
+CHANGES = {
+    "aux_streams": 0,
+    "sparse_weights": True,
+    "timing_cache": False,
+    "version_compatible": True,
+    "hardware_compatibility": "ampere-plus",
+    "refit": "any",
+    "axes": {"height": {"min": 1, "opt": 2, "max": 3}},
+}
+
+
+def test_keys_that_came_later_leave_digests_alone_until_they_are_set() -> None:
+    values = load_target("cpu").model_dump(mode="json")
+    assert load_target("cpu").digest == digest_of({name: values[name] for name in FIRST_KEYS})
+    plain = target_of(runtime="tensorrt")
+    digests = {target_of(runtime="tensorrt", **{key: value}).digest for key, value in CHANGES.items()}
+    digests |= {target_of(runtime="tensorrt", refit="any", strip=True).digest, plain.digest}
+    assert len(digests) == len(CHANGES) + 2
+    assert not set(CHANGES) & set(FIRST_KEYS)
+
+
+def test_options_of_torch() -> None:
     for change in ({"device": "cuda"}, {"block_kernel": "never"}, {"precision": "fp16"}):
         assert target_of(runtime="torch", **change).digest != target_of(runtime="torch").digest
     assert target_of(runtime="torch", device="cuda").on_gpu
@@ -73,6 +102,55 @@ def test_target_from_a_file(tmp_path: Path) -> None:
     assert (found.name, found.threads, found.batch.opt) == ("board", 4, 4)
     assert load_target(str(path)) == found
     assert load_target(found) is found
+
+
+def write(folder: Path, **texts: str) -> Path:
+    """Target files by name; the folder."""
+    folder.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (folder / f"{name}.toml").write_text(text)
+    return folder
+
+
+def test_inherits_a_shipped_target(tmp_path: Path) -> None:
+    folder = write(tmp_path, mine='inherits = "tensorrt-a100"\nsparse_weights = true\n[batch]\nmax = 8\n')
+    found, base = load_target(folder / "mine.toml"), load_target("tensorrt-a100")
+    assert (found.name, found.description) == ("mine", "")  # neither is inherited
+    assert (found.compute_capabilities, found.sparse_weights) == (("SM80",), True)
+    assert (found.batch.min, found.batch.opt, found.batch.max) == (1, 8, 8)  # key by key, in tables too
+    assert type(found) is Target
+    assert found.digest == Target(**{**base.model_dump(), "name": "mine", "sparse_weights": True, "batch": found.batch}).digest  # fmt: skip
+
+
+def test_inherits_files_beside_it_over_several_steps(tmp_path: Path) -> None:
+    folder = write(
+        tmp_path / "deep",
+        a='name = "first"\nruntime = "onnxruntime"\nthreads = 2\nwidth_multiple = 8\n',
+        b='inherits = "a.toml"\nthreads = 3\n',
+        c='inherits = "./b.toml"\n[batch]\nmax = 5\n',
+    )
+    found = load_target(folder / "c.toml")
+    assert (found.name, found.threads, found.width_multiple, found.batch.max) == ("c", 3, 8, 5)
+    assert load_target(folder / "a.toml").name == "first"
+
+
+@pytest.mark.parametrize(
+    ("texts", "given", "fix"),
+    [
+        ({"mine": 'inherits = "tensort"\n'}, "inherits 'tensort': unknown target 'tensort'", "did you mean 'tensorrt'"),
+        ({"mine": 'inherits = "./gone.toml"\n'}, r"gone\.toml does not exist", "check the path"),
+        ({"mine": 'inherits = "mine.toml"\n'}, r"mine\.toml inherits from itself", "drop inherits in"),
+        ({"mine": 'inherits = "b.toml"\n', "b": 'inherits = "mine.toml"\n'}, "inherits from itself", "drop inherits"),
+        ({"mine": 'inherits = 3\nruntime = "torch"\n'}, "inherits = 3", "mend it in"),
+        ({"mine": 'inherts = "cpu"\nruntime = "torch"\n'}, "unknown key 'inherts'", "did you mean 'inherits'"),
+        ({"mine": 'inherits = "b.toml"\n', "b": 'runtime = "torch"\ntreads = 1\n'}, r"'treads' in .*b\.toml", r"mend it in .*b\.toml"),
+        ({"mine": 'inherits = "tensorrt"\nruntime = "torch"\nrefit = "any"\n'}, r"mine\.toml", "mend it in .*mine"),
+    ],
+)  # fmt: skip
+def test_bad_inheritance_names_the_file(texts: dict[str, str], given: str, fix: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=given) as caught:
+        load_target(write(tmp_path, **texts) / "mine.toml")
+    assert re.search(fix, caught.value.fix)
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -109,9 +187,29 @@ def test_no_name_and_no_path(given: object) -> None:
         ({"batch": {"opt": 65}}, "min <= opt <= max"),
         ({"batch": {"min": 0}}, "greater than or equal to 1"),
         ({"runtime": "tensort"}, "'onnxruntime', 'tensorrt', 'tensorrt-rtx' or 'torch'"),
-        ({"runtime": "tensorrt-rtx", "compute_capabilities": ["SM90"]}, "'SM75', 'SM80', 'SM86', 'SM89', 'SM120'"),
+        (
+            {"runtime": "tensorrt-rtx", "compute_capabilities": ["SM90"]},
+            "SM75, SM80, SM86, SM89, SM120, SM121: tensorrt-rtx does not compile for SM90",
+        ),
         ({"runtime": "tensorrt-rtx", "compute_capabilities": ["SM80", "SM80"]}, "every compute capability once"),
-        ({"compute_capabilities": ["SM80"]}, "only with runtime tensorrt-rtx"),
+        ({"runtime": "tensorrt-rtx", "compute_capabilities": ["SM9"]}, "'SM87', 'SM89', 'SM90'"),
+        ({"compute_capabilities": ["SM80"]}, "only with runtime tensorrt or tensorrt-rtx, not onnxruntime"),
+        ({"builder_level": 5}, "builder_level only with runtime tensorrt or tensorrt-rtx"),
+        ({"runtime": "tensorrt", "threads": 4}, "threads only with runtime onnxruntime or torch, not tensorrt"),
+        ({"runtime": "tensorrt-rtx", "refit": "any"}, "refit only with runtime tensorrt, not tensorrt-rtx"),
+        ({"runtime": "tensorrt-rtx", "timing_cache": False}, "timing_cache only with runtime tensorrt"),
+        ({"runtime": "tensorrt-rtx", "version_compatible": True}, "version_compatible only with runtime tensorrt"),
+        ({"axes": {"height": {"min": 4, "opt": 2, "max": 8}}}, "min <= opt <= max"),
+        ({"axes": {"height": {"min": 4, "max": 8}}}, "'axes.height.opt' is missing"),
+        ({"axes": {"height": {"min": 4, "opt": 4, "maxx": 8}}}, "axes.height.max"),
+        (
+            {"runtime": "torch", "axes": CHANGES["axes"]},
+            "axes only with runtime onnxruntime or tensorrt or tensorrt-rtx",
+        ),
+        ({"runtime": "tensorrt", "strip": True}, "strip with refit = 'identical' or 'any'"),
+        ({"runtime": "tensorrt", "hardware_compatibility": "any"}, "'none', 'same-capability' or 'ampere-plus'"),
+        ({"runtime": "tensorrt", "sparse_weight": True}, "did you mean 'sparse_weights'"),
+        ({"runtime": "tensorrt", "aux_streams": -1}, "greater than or equal to 0"),
         ({"tf32": True}, "tf32 only with a TensorRT runtime"),
         ({"precision": "fp16"}, "precision 'fp16' only with runtime torch, onnxruntime builds 'fp32'"),
         ({"precision": "int4"}, "'fp32', 'fp16' or 'bf16'"),

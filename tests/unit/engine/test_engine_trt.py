@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from engine_samples import write_graph
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from deploy_sparse.engine import _trt
 from deploy_sparse.engine._trt import Gpu, compile_onnx
@@ -71,6 +72,17 @@ def test_rtx_compiles_for_every_shipped_target(exported: OnnxFile, rtx) -> None:
         assert compiled.float_types == {"float32"}
         plans[name] = compiled.plan
     assert len(set(plans.values())) == len(RTX)
+
+
+def test_turing_takes_convolutions_and_no_fp32_matrix_product(exported: OnnxFile, rtx, tmp_path: Path) -> None:
+    weight = numpy_helper.from_array(np.ones((8, 4, 3, 3), np.float32), "w")
+    node = helper.make_node("Conv", ["input", "w"], ["output"])
+    path = write_graph(
+        tmp_path / "x.onnx", [node], shape=("n", 4, 8, 8), out_shape=("n", 8, 6, 6), initializers=(weight,)
+    )
+    assert build_engine(path, "rtx-sm75", out=tmp_path).manifest["compute_capabilities"] == ["SM75"]
+    with pytest.raises(BuildError, match=r"'rtx-sm75': .*node_linear.*FP32 GEMM is not supported"):
+        compile_onnx(exported.read(), load_target("rtx-sm75"), exported.inputs)
 
 
 def test_tf32_and_batch_range_reach_the_compiler(exported: OnnxFile, rtx) -> None:

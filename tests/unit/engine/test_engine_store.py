@@ -1,0 +1,504 @@
+"""The store: what is whole, what runs here, what is removed; under damage, strangers and concurrent builders."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from deploy_sparse.artifact import digest_of, sha256_bytes, temporary_name, unfinished_name, write_artifact
+from deploy_sparse.engine import _trt, fit
+from deploy_sparse.engine import collect as module
+from deploy_sparse.engine._trt import Gpu
+from deploy_sparse.engine.build import build_engine
+from deploy_sparse.engine.collect import collect
+from deploy_sparse.engine.entry import Engine, open_entry
+from deploy_sparse.engine.fit import gpu_takes, gpus, version_takes
+from deploy_sparse.engine.onnx_file import OnnxFile
+from deploy_sparse.engine.runner import load_engine
+from deploy_sparse.engine.store import QUIET_S, Entry, read_store
+from deploy_sparse.errors import ArtifactError, ConfigError, EngineError, MissingDependencyError
+
+DAY = 86400
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    folder = tmp_path / "store"
+    folder.mkdir()
+    return folder
+
+
+def plant(store: Path, engine: Engine, age_days: float = 0, **changes) -> Path:
+    """An entry like ``engine``'s with another manifest and so another key; built ``age_days`` ago."""
+    own = ("key", "digest", "files")
+    body = {**{k: v for k, v in engine.manifest.items() if k not in own}, **changes}
+    key = digest_of({**body, "age": age_days})
+    folder = store / f"{body['name']}-{body['target']['name']}-{key[:12]}"
+    payload = {name: (engine.folder / name).read_bytes() for name in engine.manifest["files"]}
+    write_artifact(folder, "engine", payload, {**body, "key": key})
+    make_old(folder, age_days)
+    return folder
+
+
+def make_old(folder: Path, days: float) -> None:
+    then = time.time() - days * DAY
+    for path in (*folder.iterdir(), folder):
+        os.utime(path, (then, then))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def other_target(engine: Engine, **changes) -> dict[str, object]:
+    return {**engine.manifest["target"], **changes}
+
+
+def unfinished(store: Path, name: str = "tiny-cpu-0123456789ab") -> Path:
+    folder = temporary_name(store / name)
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"half")
+    return folder
+
+
+def only(store: Path, **options) -> Entry:
+    (entry,) = read_store(store, **options).entries
+    return entry
+
+
+def names(entries) -> set[str]:
+    return {entry.folder.name for entry in entries}
+
+
+def test_a_good_entry(built: Engine) -> None:
+    for folder in (built.folder.parent, built.folder):
+        entry = only(folder)
+        assert (entry.state, entry.runs_here, entry.why, entry.fix) == ("good", True, None, None)
+        facts = entry.facts()
+        assert facts["folder"] == str(built.folder)
+        assert (facts["name"], facts["target"], facts["for"], facts["precision"]) == ("tiny", "cpu", "any CPU", "fp32")
+        assert facts["runtime"] == f"onnxruntime {built.manifest['runtime']['version']}"
+        assert facts["bytes"] == sum(path.stat().st_size for path in built.folder.iterdir())
+        assert json.loads(json.dumps(facts)) == facts
+
+
+def test_newest_first_and_everything_else_by_name(store: Path, built: Engine) -> None:
+    old, new = plant(store, built, 3), plant(store, built, 1)
+    (store / "notes.txt").write_text("x")
+    (store / "runs").mkdir()
+    (store / "link-cpu-0123456789ab").symlink_to(old, target_is_directory=True)
+    (store / "empty-cpu-0123456789ab").mkdir()
+    (store / ".tmp-file-1-00000000").write_text("no folder")
+    found = read_store(store)
+    assert [entry.folder for entry in found.entries] == [new, old]
+    assert [round(entry.age_s / DAY) for entry in found.entries] == [1, 3]
+    assert set(found.others) == {"notes.txt", "runs", "link-cpu-0123456789ab", "empty-cpu-0123456789ab", ".tmp-file-1-00000000"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.json", "engine.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "garbage"])
+def test_damage_is_found_and_says_what_to_do(entry: Path, name: str, damage: str) -> None:
+    path = entry / name
+    if damage == "flip":
+        flip(path)
+    elif damage == "truncate":
+        path.write_bytes(path.read_bytes()[:-3])
+    elif damage == "garbage":
+        path.write_bytes(b"\x00\xff{")
+    else:
+        path.unlink()
+    found = only(entry.parent)
+    assert found.state == "damaged"
+    assert not found.runs_here
+    assert str(entry) in found.why
+    assert f"deploy-sparse engines gc {entry.parent}; then build it again: deploy-sparse build SUBJECT" in found.fix
+    if name != "engine.json":
+        assert found.fix.endswith(f"--target cpu --out {entry.parent} --name tiny")
+    assert names(collect(entry.parent).removed) == {entry.name}
+    assert not list(entry.parent.iterdir())
+
+
+def test_without_hashes_only_sizes_are_compared(entry: Path) -> None:
+    flip(entry / "model.onnx")
+    assert only(entry.parent, hashes=False).state == "good"
+    (entry / "model.onnx").write_bytes(b"")
+    assert only(entry.parent, hashes=False).state == "damaged"
+
+
+def test_entry_of_another_version_of_the_toolkit_is_incompatible(entry: Path) -> None:
+    sidecar = json.loads((entry / "engine.json").read_text())
+    for change in ({"format_version": 99}, {"target": {**sidecar["target"], "new_key": 1}}):
+        body = {key: value for key, value in {**sidecar, **change}.items() if key != "digest"}
+        (entry / "engine.json").write_text(json.dumps({**body, "digest": digest_of(body)}))
+        found = only(entry.parent)
+        assert found.state == "incompatible"
+        assert "version" in found.why
+        assert "build it again" in found.fix
+    flip(entry / "model.onnx")
+    assert only(entry.parent).state == "damaged"
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "deep/model.engine", "."])
+def test_manifest_that_names_files_elsewhere(entry: Path, name: str) -> None:
+    (entry.parent / "secret").write_text("x")
+    sidecar = json.loads((entry / "engine.json").read_text())
+    body = {key: value for key, value in sidecar.items() if key != "digest"}
+    body["files"] = {**body["files"], name: {"bytes": 1, "sha256": sha256_bytes(b"x")}}
+    (entry / "engine.json").write_text(json.dumps({**body, "digest": digest_of(body)}))
+    for look in (open_entry, load_engine):
+        with pytest.raises(ArtifactError, match="is damaged"):
+            look(entry)
+    assert read_store(entry.parent).entries[0].state == "damaged"
+    assert collect(entry.parent).removed
+    assert (entry.parent / "secret").exists()
+
+
+@pytest.mark.parametrize("name", ["../model.onnx", "model.onnx.json", "engine.json", None])
+def test_manifest_that_runs_another_file(entry: Path, name: str | None) -> None:
+    sidecar = json.loads((entry / "engine.json").read_text())
+    body = {**{key: value for key, value in sidecar.items() if key != "digest"}, "engine_file": name}
+    (entry / "engine.json").write_text(json.dumps({**body, "digest": digest_of(body)}))
+    with pytest.raises(ArtifactError, match="is no usable engine"):
+        load_engine(entry)
+
+
+def test_unreadable_entry_is_named_and_left(entry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.access  # a superuser, who runs tests too, may read everything
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "model.onnx" and real(path, mode))
+    found = only(entry.parent)
+    assert (found.state, found.runs_here) == ("unreadable", False)
+    assert "chmod" in found.fix
+    assert names(collect(entry.parent).kept) == {entry.name}
+    assert (entry / "model.onnx").exists()
+
+
+def test_another_version_of_the_library_is_incompatible_another_gpu_is_not(
+    built_rtx: Engine, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = plant(store, built_rtx, runtime={"name": "tensorrt-rtx", "version": "1.0.0.1"})
+    now = plant(store, built_rtx, 1)
+    for gpu in (None, Gpu("H100", "SM90"), Gpu("RTX 4090", "SM89")):
+        monkeypatch.setattr(_trt, "local_gpu", lambda gpu=gpu: gpu)
+        found = {entry.folder: entry for entry in read_store(store).entries}
+        assert (found[old].state, found[old].runs_here) == ("incompatible", False)
+        assert "it needs tensorrt-rtx 1.0.0.1: engines are not portable across versions" in found[old].why
+        assert f"build it again here: deploy-sparse build {old / 'model.onnx'} --target rtx-sm89" in found[old].fix
+        assert found[now].state == "good"
+        assert found[now].runs_here == (gpu == Gpu("RTX 4090", "SM89"))
+        if gpu is None:
+            assert found[now].why == "no NVIDIA GPU here; it needs an NVIDIA GPU and its driver"
+            assert f"deploy-sparse build {now / 'model.onnx'} --target cpu" in found[now].fix
+    done = collect(store)
+    assert names(done.removed) == {old.name}
+    assert now.exists()
+
+
+def test_engine_whose_library_is_not_installed_stays(
+    built_rtx: Engine, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(store, built_rtx, runtime={"name": "tensorrt-rtx", "version": "1.0.0.1"})
+
+    def absent(runtime: str):
+        raise MissingDependencyError("tensorrt-rtx is not installed", expected="it", fix="pip install tensorrt-rtx")
+
+    monkeypatch.setattr(_trt, "library", absent)
+    monkeypatch.setattr(_trt, "local_gpu", lambda: Gpu("RTX 4090", "SM89"))
+    found = only(store)
+    assert (found.state, found.runs_here) == ("good", False)
+    assert "tensorrt-rtx is not installed" in found.why
+    assert found.fix == "pip install tensorrt-rtx"
+    assert not collect(store).verdicts
+
+
+def test_torch_engine_of_a_newer_pytorch(built: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = {"device": "cpu", "name": "torch-cpu"}
+    manifest = {"runtime": {"name": "torch", "version": "2.14.1+cpu"}, "target": target}
+    for here, fits in (("2.14.0", True), ("2.15.0", True), ("3.0", True), ("2.13.9", False)):
+        monkeypatch.setattr(fit.metadata, "version", lambda name, here=here: here)
+        assert (fit.version_obstacle(manifest) is None) == fits
+        assert (fit.obstacle(manifest) is None) == fits
+    assert fit.obstacle(manifest).expected == "torch 2.14.1+cpu or newer"
+
+
+def test_gc_keeps_the_latest_of_each_name_target_and_gpu(store: Path, built: Engine) -> None:
+    ages = {age: plant(store, built, age) for age in (1, 2, 3)}
+    other_name = plant(store, built, 9, name="other")
+    board = plant(store, built, 9, target=other_target(built, name="board"))
+    first, second = (plant(store, built, 9, gpu={"name": name, "capability": "SM90"}) for name in ("H100", "H200"))
+    shown = collect(store, dry_run=True)
+    assert names(shown.removed) == {ages[2].name, ages[3].name}
+    assert all(folder.exists() for folder in ages.values())
+    assert {v.why for v in shown.verdicts} == {f"superseded: by {ages[1].name}"}
+    assert names(collect(store, keep=2, older_than_days=5).removed) == set()
+    assert names(collect(store, keep=2).removed) == {ages[3].name}
+    assert names(collect(store).removed) == {ages[2].name}
+    left = {ages[1], other_name, board, first, second}
+    assert {*store.iterdir()} == left
+    assert names(collect(store, keep=0, older_than_days=5).removed) == {p.name for p in left - {ages[1]}}
+    assert {*store.iterdir()} == {ages[1]}
+
+
+def test_a_cache_hit_makes_an_entry_the_latest(store: Path, built: Engine, exported: OnnxFile) -> None:
+    mine = build_engine(exported, "cpu", out=store, name="tiny").folder
+    make_old(mine, 9)
+    rival = plant(store, built, 2)
+    assert build_engine(exported, "cpu", out=store, name="tiny").cached
+    assert names(collect(store).removed) == {rival.name}
+    assert open_entry(mine)
+
+
+def test_damaged_and_incompatible_ones_do_not_count_as_kept(store: Path, built: Engine) -> None:
+    good, bad = plant(store, built, 2), plant(store, built, 1)
+    flip(bad / "model.onnx")
+    done = collect(store)
+    assert names(done.removed) == {bad.name}
+    assert names(done.kept) == {good.name}
+
+
+def test_unfinished_entries_go_once_nobody_writes_them(store: Path) -> None:
+    folder = unfinished(store)
+    assert unfinished_name(folder.name) == "tiny-cpu-0123456789ab"
+    assert only(store).being_written
+    (verdict,) = collect(store).verdicts
+    assert "within the hour" in verdict.left
+    make_old(folder, 1.01 * QUIET_S / DAY)
+    assert not only(store).being_written
+    assert names(collect(store).removed) == {folder.name}
+    assert not list(store.iterdir())
+
+
+def test_files_of_others_are_never_removed(store: Path, built: Engine) -> None:
+    noted, linked, deep = (plant(store, built, age) for age in (2, 3, 4))
+    plant(store, built, 1)
+    (noted / "notes.txt").write_text("precious")
+    (linked / "model.engine").symlink_to(built.path)
+    (deep / "model.pt2").mkdir()
+    (deep / "model.pt2" / "precious").write_text("x")
+    foreign = store / "mine"
+    foreign.mkdir()
+    (foreign / "engine.json").write_text('{"kind": "engine", "horsepower": 90}')
+    half = unfinished(store)
+    (half / "thesis.tex").write_text("x")
+    make_old(half, 9)
+    done = collect(store, keep=0)
+    assert {v.entry.folder for v in done.verdicts if v.left} == {noted, linked, deep, half}
+    assert all("remove" in v.left for v in done.verdicts if v.left)
+    assert done.others == ("mine",)
+    for path in (noted / "notes.txt", linked / "model.engine", deep / "model.pt2/precious", foreign / "engine.json"):
+        assert path.exists()
+    assert (half / "thesis.tex").exists()
+
+
+def test_an_entry_that_was_replaced_since_is_put_back(
+    store: Path, built: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = plant(store, built)
+    flip(folder / "model.onnx")
+    real = os.rename
+
+    def mended_first(source, destination):
+        monkeypatch.setattr(os, "rename", real)
+        shutil.rmtree(folder)
+        plant(store, built)
+        real(source, destination)
+
+    monkeypatch.setattr(os, "rename", mended_first)
+    (verdict,) = collect(store).verdicts
+    assert verdict.left == "it changed while gc looked at it"
+    assert open_entry(folder)
+    assert [*store.iterdir()] == [folder]
+
+
+def test_removed_by_another_or_not_removable(store: Path, built: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = plant(store, built)
+
+    def fails(problem: OSError):
+        def rename(source, destination):
+            raise problem
+
+        return rename
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "rename", fails(PermissionError(13, "Permission denied")))
+        (verdict,) = collect(store, keep=0).verdicts
+        assert verdict.left == "it cannot be removed (Permission denied)"
+        assert open_entry(folder)
+        patch.setattr(module.os, "rename", fails(FileNotFoundError(2, "gone")))
+        assert names(collect(store, keep=0).removed) == {folder.name}
+    monkeypatch.setattr(module.shutil, "rmtree", fails(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(
+        module.shutil, "rmtree", lambda path: fails(PermissionError(13, "Permission denied"))(path, path)
+    )
+    (verdict,) = collect(store, keep=0).verdicts
+    assert verdict.left.startswith("a part of it cannot be removed (Permission denied): ")
+    assert only(store).state == "unfinished"  # the next gc knows what it is
+
+
+def test_build_while_gc_takes_the_entry(store: Path, exported: OnnxFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deploy_sparse.engine import build
+
+    first = build_engine(exported, "cpu", out=store).folder
+    real = build.open_entry
+
+    def taken(folder):
+        monkeypatch.setattr(build, "open_entry", real)
+        assert collect(store, keep=0).removed
+        return real(folder)
+
+    monkeypatch.setattr(build, "open_entry", taken)
+    again = build_engine(exported, "cpu", out=store)
+    assert not again.cached
+    assert again.folder == first
+    assert open_entry(first)
+
+
+def test_gc_beside_builders_and_other_gcs(store: Path, exported: OnnxFile) -> None:
+    """Four builders of one key and four gcs that keep nothing: every build returns a whole engine."""
+
+    key = build_engine(exported, "cpu", out=store).manifest["key"]
+
+    def build(_: int) -> str:
+        return build_engine(exported, "cpu", out=store).manifest["key"]
+
+    with ThreadPoolExecutor(8) as pool:
+        built = [pool.submit(build, index) for index in range(16)]
+        swept = [pool.submit(collect, store, keep=0) for _ in range(40)]
+        problems = [future.exception() for future in built]
+        assert all(future.result() is not None for future in swept)
+    # what gc took between the end of a build and its last check is an error; it never makes a wrong or torn answer
+    assert all(problem is None or isinstance(problem, ArtifactError) for problem in problems)
+    assert {f.result() for f, problem in zip(built, problems, strict=True) if problem is None} <= {key}
+    assert build_engine(exported, "cpu", out=store).manifest["key"] == key
+    assert {entry.state for entry in read_store(store).entries} == {"good"}
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(["good", "damaged", "incompatible", "unfinished", "stranger"]), max_size=5), st.integers(0, 3))  # fmt: skip
+def test_gc_twice_is_gc_once_and_never_takes_a_stranger(built: Engine, tmp_path: Path, kinds, keep) -> None:
+    store = tmp_path / "s"
+    shutil.rmtree(store, ignore_errors=True)
+    store.mkdir()
+    for index, kind in enumerate(kinds):
+        if kind == "unfinished":
+            make_old(unfinished(store, f"tiny-cpu-{index:012x}"), 1)
+        elif kind == "stranger":
+            (store / f"mine-{index}").mkdir()
+        else:
+            target = other_target(built, later=1) if kind == "incompatible" else built.manifest["target"]
+            folder = plant(store, built, index, target=target)
+            if kind == "damaged":
+                flip(folder / "model.onnx")
+                make_old(folder, index)
+    assert names(collect(store, keep=keep, dry_run=True).removed) == names(collect(store, keep=keep).removed)
+    left = sorted(path.name for path in store.iterdir())
+    assert len(left) == min(kinds.count("good"), keep) + kinds.count("stranger")
+    assert not collect(store, keep=keep).verdicts
+    assert left == sorted(path.name for path in store.iterdir())
+
+
+def test_bad_arguments(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--keep -1"):
+        collect(store, keep=-1)
+    for days in (-1.0, float("nan")):
+        with pytest.raises(ConfigError, match="--older-than"):
+            collect(store, older_than_days=days)
+    with pytest.raises(ArtifactError, match="gone does not exist"):
+        read_store(tmp_path / "gone")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="file is a file"):
+        collect(tmp_path / "file")
+    assert read_store(store).entries == ()
+
+
+@pytest.mark.parametrize(
+    ("built", "here", "plain", "forward"),
+    [
+        ("11.4.0.106", "11.4.0.106", True, True),
+        ("11.3.0.1", "11.4.0.106", False, True),
+        ("11.4.0.106", "11.3.0.1", False, False),
+        ("10.16.1.11", "11.4.0.106", False, True),
+        ("11.4.0.106", "12.0.0.1", False, False),
+        ("9.3.0", "11.0.0", False, False),
+        ("10.9.0.34", "10.16.1.11", False, True),
+    ],
+)
+def test_versions(built: str, here: str, plain: bool, forward: bool) -> None:
+    assert version_takes(built, here, version_compatible=False) == plain
+    assert version_takes(built, here, version_compatible=True) == forward
+
+
+@pytest.mark.parametrize(
+    ("compatibility", "taken", "words"),
+    [
+        ("none", {"A100"}, "A100 (SM80)"),
+        ("same-capability", {"A100", "A30"}, "SM80"),
+        ("ampere-plus", {"A100", "A30", "H100"}, "SM80 and newer"),
+    ],
+)
+def test_gpus(compatibility: str, taken: set[str], words: str) -> None:
+    manifest = {
+        "runtime": {"name": "tensorrt"},
+        "target": {"hardware_compatibility": compatibility},
+        "compute_capabilities": ["SM80"],
+        "gpu": {"name": "A100", "capability": "SM80"},
+    }
+    machines = {"A100": "SM80", "A30": "SM80", "H100": "SM90", "T4": "SM75"}
+    assert {name for name, capability in machines.items() if gpu_takes(manifest, name, capability)} == taken
+    assert gpus(manifest) == words
+
+
+def test_host_code_is_refused_unless_asked_before_anything_is_opened(
+    built_rtx: Engine, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = {**built_rtx.manifest["target"], "name": "tensorrt", "runtime": "tensorrt", "version_compatible": True}
+    folder = plant(
+        store, built_rtx, target=target, runtime={"name": "tensorrt", "version": "11.3.0.1"},
+        gpu={"name": "L4", "capability": "SM89"},
+    )  # fmt: skip
+    opened: list[dict[str, object]] = []
+    library = type("tensorrt", (), {"__version__": "11.4.0.106"})
+    monkeypatch.setattr(_trt, "library", lambda runtime: library)
+    monkeypatch.setattr(_trt, "local_gpu", lambda: Gpu("L4", "SM89"))
+
+    class Session:
+        def __init__(self, plan: bytes, runtime: str, rebuild: str, **options: object) -> None:
+            opened.append(options)
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr("deploy_sparse.engine._trt_session.TrtSession", Session)
+    with pytest.raises(EngineError, match=r"holds host code(.|\n)*load_engine\(path, allow_host_code=True\)"):
+        load_engine(folder)
+    assert not opened
+    load_engine(folder, allow_host_code=True).close()
+    open_entry(folder).open(allow_host_code=True).close()
+    assert opened == [{"allow_host_code": True, "weights": None}] * 2
+    plain = plant(
+        store, built_rtx, target={**target, "version_compatible": False, "refit": "identical", "strip": True},
+        runtime={"name": "tensorrt", "version": "11.4.0.106"}, gpu={"name": "L4", "capability": "SM89"},
+    )  # fmt: skip
+    load_engine(plain, allow_host_code=True).close()  # nothing in it to allow
+    assert opened[-1] == {"allow_host_code": False, "weights": (plain / "model.onnx").read_bytes()}
+
+
+def test_listing_cpu_engines_imports_neither_torch_nor_onnx(built: Engine) -> None:
+    code = (
+        "import sys; from deploy_sparse.cli.main import main; main(['engines', 'ls', sys.argv[1]]); "
+        "assert not {'torch', 'onnx', 'onnxruntime', 'tensorrt', 'tensorrt_rtx'} & set(sys.modules), 'heavy import'"
+    )
+    command = [sys.executable, "-W", "error", "-c", code, str(built.folder.parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert built.folder.name in done.stdout
