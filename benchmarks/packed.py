@@ -376,6 +376,9 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
     bench = Bench(load_target(options.target), options.seconds, options.batch)
+    others = {(row["target"], row["batch"]) for row in rows} - {(bench.target.name, bench.batch)}
+    if others:
+        parser.error(f"{options.out} holds times of {others}: choose another file for this target and batch")
     for part in options.parts:
         for row in parts[part](bench, {known["key"] for known in rows}):
             rows.append(row)

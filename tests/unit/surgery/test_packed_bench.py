@@ -178,7 +178,12 @@ def test_lines_are_added_and_what_is_there_is_not_measured_again(packed, tmp_pat
         assert len(out.read_text().splitlines()) == 1
     assert asked == [set(), {"one"}]
     assert out.with_suffix(".md").read_text() == packed.text([LAYER])
-    assert capsys.readouterr().out.count("ideal 4.00") == 1
+    monkeypatch.setattr(sys, "argv", ["packed.py", "--out", str(out), "--parts", "layers", "--batch", "8"])
+    with pytest.raises(SystemExit):
+        packed.main()
+    printed = capsys.readouterr()
+    assert "choose another file" in printed.err
+    assert printed.out.count("ideal 4.00") == 1
 
 
 class Stream(nn.Module):
