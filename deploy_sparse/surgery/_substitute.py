@@ -7,6 +7,8 @@ from torch.utils import _pytree as pytree
 
 from .layers import NarrowAttention, unsupported
 
+_REGISTERED = frozenset({"_modules", "_parameters", "_buffers"})
+
 
 def with_open_attention(module: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     """Exchange every ``nn.MultiheadAttention`` in place, and say where; those with extra parts stay as they are."""
@@ -35,9 +37,6 @@ def put(module: nn.Module, path: str, part: nn.Module) -> None:
             if child is old:
                 parent._modules[name] = part
         for name, value in vars(parent).items():
-            if (
-                type(value) in (list, tuple, dict)
-                and name != "_modules"
-                and any(x is old for x in pytree.tree_leaves(value))
-            ):
+            listed = value and type(value) in (list, tuple, dict) and name not in _REGISTERED
+            if listed and any(x is old for x in pytree.tree_leaves(value)):
                 vars(parent)[name] = pytree.tree_map(lambda x: part if x is old else x, value)
