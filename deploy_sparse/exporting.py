@@ -27,6 +27,19 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """No parameter wants a gradient within it: FlopCounterMode fails on a submodule that gets a view of one."""
+    wanted = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the exporter's prints, logs and warnings off the screen; what matters comes as an exception."""
     before = logging.root.manager.disable

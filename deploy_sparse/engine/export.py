@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..artifact import write_bytes, write_json
 from ..errors import ArtifactError, DeploySparseError, ExportError
-from ..exporting import eval_mode, quiet
+from ..exporting import eval_mode, frozen, quiet
 from .lookups import lookups_last
 from .onnx_file import OnnxFile, describe_graph, parse_graph, sidecar_path
 from .parity import check_parity, tensors_of, with_batch
@@ -224,7 +224,7 @@ def _checked(path: Path, data: bytes) -> onnx.ModelProto:
 
 def macs_of(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> int:
     """Multiply-accumulates of one sample: convolutions and matrix products, as PyTorch's own counter sees them."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), frozen(network), FlopCounterMode(display=False) as counter:
         network(*with_batch(inputs, 1))
     return int(counter.get_total_flops()) // 2
 

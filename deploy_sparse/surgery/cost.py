@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from ..exporting import frozen
 from ._nodes import Node
 from ._outputs import tensors_of
 from ._words import names
@@ -94,7 +95,7 @@ def cost_of(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Cost, lis
         module: in evaluation mode.
         inputs: positional inputs; axis 0 of the first one is the batch.
     """
-    with _every_operator(), FlopCounterMode(display=False) as counter:
+    with _every_operator(), frozen(module), FlopCounterMode(display=False) as counter:
         outputs = module(*_copies(inputs))
     parameters = sum(p.numel() for p in module.parameters())
     shapes = [y.shape for y in tensors_of(outputs)]

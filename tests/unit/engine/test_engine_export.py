@@ -205,3 +205,22 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ArtifactError, match="cannot be"):
         export_onnx(Lambda(lambda x: x + 1), torch.zeros(2, 4), tmp_path / "file" / "x.onnx")
+
+
+class Token(nn.Module):
+    """Hands a view of its parameter to a submodule, as class attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.layer = nn.Parameter(torch.randn(1, 6)), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.token.expand(x.shape[0], -1)) + x
+
+
+def test_a_view_of_a_parameter_may_be_passed_to_a_submodule(tmp_path: Path) -> None:
+    module = Token()
+    module.layer.bias.requires_grad_(False)
+    found = export_onnx(module, torch.randn(2, 6), tmp_path / "token.onnx")
+    assert found.macs == 36
+    assert [p.requires_grad for p in module.parameters()] == [True, True, False]

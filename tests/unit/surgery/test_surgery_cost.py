@@ -102,3 +102,17 @@ def test_attention_counts_the_same_in_either_mode():
     assert found["self_attn.out_proj.weight"] == 6 * 16 * 16
     assert cost_of(layer.eval(), inputs)[0].macs >= sum(found.values())  # and products of two activations
     assert torch.backends.mha.get_fastpath_enabled()  # left as it was
+
+
+def test_a_view_of_a_parameter_may_be_passed_to_a_submodule():
+    class Token(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.layer = nn.Parameter(torch.randn(1, 6)), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.layer(self.token.expand(x.shape[0], -1)) + x
+
+    module = Token()
+    assert cost_of(module, (torch.randn(1, 6),))[0].macs == 36
+    assert all(p.requires_grad for p in module.parameters())
