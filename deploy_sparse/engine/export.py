@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any, cast
 
 import onnx
@@ -186,7 +187,7 @@ def _outputs(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
 
 
 def _plain(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Without stack traces, doc strings and metadata (they hold paths), and with the batch axis called by its name."""
+    """Without traces, doc strings and metadata (they hold paths); the batch axis named, einsums in small letters."""
     graph = model.graph
     carriers: list[Any] = [
         model,
@@ -202,6 +203,10 @@ def _plain(model: onnx.ModelProto) -> onnx.ModelProto:
     for carrier in carriers:
         carrier.ClearField("metadata_props")
         carrier.ClearField("doc_string")
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Einsum" and attribute.name == "equation":
+                attribute.s = _in_small_letters(attribute.s.decode()).encode()
     symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
     if symbol:
         for value in (*graph.input, *graph.output, *graph.value_info):
@@ -209,6 +214,14 @@ def _plain(model: onnx.ModelProto) -> onnx.ModelProto:
                 if dim.dim_param:
                     dim.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", BATCH_AXIS, dim.dim_param)
     return model
+
+
+def _in_small_letters(equation: str) -> str:
+    """The same einsum: TensorRT takes no capitals."""
+    letters = list(dict.fromkeys(filter(str.isalpha, equation)))
+    if not any(map(str.isupper, letters)) or len(letters) > len(ascii_lowercase):
+        return equation
+    return equation.translate(str.maketrans("".join(letters), ascii_lowercase[: len(letters)]))
 
 
 def _checked(path: Path, data: bytes) -> onnx.ModelProto:

@@ -224,3 +224,14 @@ def test_a_view_of_a_parameter_may_be_passed_to_a_submodule(tmp_path: Path) -> N
     found = export_onnx(module, torch.randn(2, 6), tmp_path / "token.onnx")
     assert found.macs == 36
     assert [p.requires_grad for p in module.parameters()] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("equation", "expected"),
+    [("B G d, B H d -> B G H", b"a b c, a d c -> a b d"), ("bgd,bhd->bgh", b"bgd,bhd->bgh")],
+)
+def test_einsums_are_written_in_small_letters(tmp_path: Path, equation, expected) -> None:
+    module = Lambda(lambda x: torch.einsum(equation, x, x))
+    found = export_onnx(module, torch.randn(2, 3, 4), tmp_path / "einsum.onnx")
+    (node,) = [node for node in onnx.load(found.path).graph.node if node.op_type == "Einsum"]
+    assert node.attribute[0].s == expected
