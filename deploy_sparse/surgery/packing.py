@@ -270,7 +270,7 @@ def _check_form(packing: Packing) -> None:
             raise SurgeryError(
                 f"block {number} has single positions of a {'×'.join(map(str, packing.kernel))} kernel for columns",
                 expected=f"whole input channels, all {step} positions of each, in the form {packing.form!r}",
-                fix="use form 'positions', or regroup by input channels (several times faster)",
+                fix="use form 'positions', or regroup by input channels",
             )
     if packing.form == "free":
         return

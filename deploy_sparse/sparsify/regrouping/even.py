@@ -48,9 +48,9 @@ def divided(tables: Sequence[Table], rule: RegroupRule) -> Division | None:
         parts = equal_parts(len(alive), len(together.counts), limits[0].rows, rule)
     rows = _filled_up(together, alive, parts, rule, limits[0])
     sizes = equal_shares(len(rows), parts)
-    chosen = [_chooser(t, len(rows), sizes, rule, own) for t, own in zip(tables, limits, strict=True)]
     if rule.rule == "code" and rule.blocks == "equal":  # by similarity alone
         return Division(rows, partition(together.values(rows, rule), sizes), sizes)
+    chosen = [_chooser(t, len(rows), sizes, rule, own) for t, own in zip(tables, limits, strict=True)]
     choose = _side_by_side(chosen, [table.counts.shape[1] for table in tables])
     return Division(rows, partition(together.values(rows, rule, factors=2), sizes, choose), sizes)
 
