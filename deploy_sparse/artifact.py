@@ -149,7 +149,7 @@ def write_artifact(folder: Path, kind: str, payload: Mapping[str, bytes], body: 
     """
     folder = Path(folder)
     sidecar = describe(kind, payload, body)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    if _has_content(folder):
         return _same_content(folder, kind, sidecar["digest"])
     temporary = temporary_name(folder)
     with writing(folder):
@@ -259,6 +259,16 @@ def _processor() -> str:
     return f"{platform.processor() or 'unknown'}, {os.cpu_count()} cores"
 
 
+def _has_content(path: Path) -> bool:
+    """Whether something is there that must not be replaced; not so where it goes while this looks."""
+    try:
+        return path.is_file() or any(path.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return False  # nothing, or no place for it, which writing will tell
+    except OSError as problem:
+        raise _unreadable(path, problem) from None
+
+
 def _same_content(folder: Path, kind: str, digest: str) -> Artifact:
     if kind_of(folder) != kind:
         raise ArtifactError(
@@ -277,13 +287,19 @@ def _same_content(folder: Path, kind: str, digest: str) -> Artifact:
 
 
 def _verify_file(path: Path, entry: Mapping[str, Any], remake: str, hashes: bool) -> None:
-    if not path.is_file():
-        raise _altered(path, "the file is missing", remake)
     expected_size, expected_hash = entry.get("bytes"), str(entry.get("sha256"))
-    size = path.stat().st_size
+    try:
+        if not path.is_file():
+            raise FileNotFoundError
+        size = path.stat().st_size
+        actual = sha256_file(path) if hashes and size == expected_size else expected_hash
+    except FileNotFoundError:  # also where a clean-up takes it while this looks
+        raise _altered(path, "the file is missing", remake) from None
+    except OSError as problem:
+        raise _unreadable(path, problem) from None
     if size != expected_size:
         raise _altered(path, f"it has {size} bytes, not {expected_size}", remake)
-    if hashes and (actual := sha256_file(path)) != expected_hash:
+    if actual != expected_hash:
         raise _altered(path, f"its SHA-256 is {actual[:12]}…, not {expected_hash[:12]}…", remake)
 
 

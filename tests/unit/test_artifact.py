@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -176,3 +178,38 @@ def test_values_that_json_does_not_know_are_refused_and_nothing_is_written(tmp_p
     with pytest.raises(ArtifactError, match=r"holds a value that JSON does not know"):
         artifact.write_artifact(tmp_path / "a", "thing", {}, {"x": value})
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("step", ["iterdir", "sha256_file"])
+def test_a_folder_that_goes_while_it_is_looked_at_is_no_surprise(tmp_path, monkeypatch, step):
+    """A clean-up may take a folder between any two looks: a writer fills the place, a reader gets the usual error."""
+    gone = tmp_path / "a"
+    _write(gone)
+    owner = Path if step == "iterdir" else artifact
+    real = getattr(owner, step)
+
+    def late(path):
+        shutil.rmtree(gone, ignore_errors=True)
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, step, late)
+        if step == "iterdir":
+            assert _write(gone).folder == gone
+        else:
+            with pytest.raises(ArtifactError, match=r"data\.bin is damaged: the file is missing"):
+                artifact.read_artifact(gone, "thing", remake="make")
+    _write(gone)
+    assert artifact.read_artifact(gone, "thing", remake="make").body == {"note": "n"}
+
+
+@pytest.mark.parametrize("failing", ["sha256_file", "iterdir"])
+def test_what_cannot_be_read_is_one_message(tmp_path, monkeypatch, failing):
+    _write(tmp_path / "a")
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(*((artifact, failing) if failing == "sha256_file" else (Path, failing)), denied)
+    with pytest.raises(ArtifactError, match=r"cannot be read \(Permission denied\)"):
+        _write(tmp_path / "a")
