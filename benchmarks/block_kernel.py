@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from deploy_sparse.artifact import environment, write_bytes
-from deploy_sparse.engine._trt import local_gpu
 from deploy_sparse.engine.block_layout import prepare
+from deploy_sparse.engine.gpu import local_gpu
 from deploy_sparse.engine.kernel import block_conv2d
 from deploy_sparse.errors import EngineError
 from deploy_sparse.measure.interleave import Samples, interleave

@@ -19,6 +19,7 @@ from typing import Any
 from ..errors import BuildError, MissingDependencyError
 from ._trt_config import builder_config, label
 from .fit import Obstacle, gpu_takes, version_takes
+from .gpu import Gpu, local_gpu
 from .target import Target, list_targets
 from .tensors import TensorSpec
 from .timings import attach_timings, save_timings, timing_file
@@ -33,14 +34,6 @@ _INSTALL = {
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "BOOL": "bool", "FP8": "float8", "FP4": "float4"}
 _ONE_AT_A_TIME = threading.Lock()  # concurrent builds in one process have crashed TensorRT 10.16
 _errors: deque[str] = deque(maxlen=20)  # what TensorRT said last, since the start of a build
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """The GPU of this machine; ``capability`` is for example ``"SM89"``."""
-
-    name: str
-    capability: str
 
 
 @dataclass(frozen=True)
@@ -111,16 +104,6 @@ def builder_library(target: Target) -> Any:
             fix="build on the machine that will run it, or take target tensorrt, which is for whatever GPU is there",
         )
     return trt
-
-
-def local_gpu() -> Gpu | None:
-    """The first NVIDIA GPU of this machine, or None."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability(0)
-    return Gpu(torch.cuda.get_device_name(0), f"SM{major}{minor}")
 
 
 def process_logger(runtime: str) -> Any:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from block_kernel_cases import Case, try_case
 
-from deploy_sparse.engine._trt import local_gpu
+from deploy_sparse.engine.gpu import local_gpu
 from deploy_sparse.engine.kernel import block_conv2d
 
 pytestmark = pytest.mark.gpu

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from deploy_sparse.engine import _trt, plugin
-from deploy_sparse.engine._trt import Gpu
 from deploy_sparse.engine.block_layout import BlockLayout, prepare
+from deploy_sparse.engine.gpu import Gpu
 from deploy_sparse.errors import BuildError, ConfigError, MissingDependencyError
 
 DataType = Enum("DataType", "FLOAT HALF BF16 INT32")

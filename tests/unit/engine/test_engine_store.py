@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from deploy_sparse.artifact import digest_of, sha256_bytes, temporary_name, unfinished_name, write_artifact
 from deploy_sparse.engine import _trt, fit
 from deploy_sparse.engine import collect as module
-from deploy_sparse.engine._trt import Gpu
 from deploy_sparse.engine.build import build_engine
 from deploy_sparse.engine.collect import collect
 from deploy_sparse.engine.entry import Engine, open_entry
 from deploy_sparse.engine.fit import gpu_takes, gpus, version_takes
+from deploy_sparse.engine.gpu import Gpu
 from deploy_sparse.engine.onnx_file import OnnxFile
 from deploy_sparse.engine.runner import load_engine
 from deploy_sparse.engine.store import QUIET_S, Entry, read_store

@@ -14,9 +14,10 @@ from engine_samples import write_graph
 from onnx import TensorProto, helper, numpy_helper
 
 from deploy_sparse.engine import _trt
-from deploy_sparse.engine._trt import Gpu, compile_onnx
+from deploy_sparse.engine._trt import compile_onnx
 from deploy_sparse.engine.build import build_engine, require_runtime
 from deploy_sparse.engine.entry import Engine, open_entry
+from deploy_sparse.engine.gpu import Gpu
 from deploy_sparse.engine.onnx_file import OnnxFile, read_onnx
 from deploy_sparse.engine.runner import load_engine
 from deploy_sparse.engine.target import load_target

@@ -14,8 +14,9 @@ from onnx import helper
 
 from deploy_sparse.config import config_from, keys_of
 from deploy_sparse.engine import _trt, _trt_session, timings
-from deploy_sparse.engine._trt import Gpu, builder_library, compile_onnx, refitted
+from deploy_sparse.engine._trt import builder_library, compile_onnx, refitted
 from deploy_sparse.engine._trt_config import builder_config
+from deploy_sparse.engine.gpu import Gpu
 from deploy_sparse.engine.onnx_file import OnnxFile, read_onnx
 from deploy_sparse.engine.target import RUNTIMES_OF, Extents, Target, list_targets, load_target
 from deploy_sparse.engine.timings import attach_timings, save_timings, timing_file
