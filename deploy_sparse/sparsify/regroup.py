@@ -55,8 +55,9 @@ def regroup(
 
     Every row of a weight is in one block or empty, and inside a block every entry survives: what the mask had pruned
     there is trainable again, which costs nothing since a block runs dense. A layer with one input channel (a depthwise
-    convolution, the first layer of a grey image) has no columns to choose and stays dense, as does one that nothing was
-    pruned from, unless the rule says how much goes. No layer is left partly filled: see ``layers``.
+    convolution, the first layer of a grey image) has no columns to choose and stays dense; so does one with fewer than
+    4 (the first layer of a colour image) where columns are channels, since it would not run as blocks, and one that
+    nothing was pruned from, unless the rule says how much goes. No layer is left partly filled: see ``layers``.
 
     Args:
         masks: unstructured masks; those of one dimension (biases, norms) are made anew where the groups know them, else
@@ -173,6 +174,8 @@ def _form_layer(
     whole = torch.ones_like(mask)
     if mask.shape[1] == 1:
         return _Formed(whole, "dense", "it reads one input channel: no columns to choose")
+    if rule.columns == "channel" and mask.shape[1] < MIN_BLOCK_READS:
+        return _Formed(whole, "dense", f"it reads {mask.shape[1]} input channels: too few to run as blocks")
     if _stays_whole(mask, rule):
         return _Formed(whole, "dense", "nothing was pruned")
     table, columns = table_of(mask, weight, usable, rule)

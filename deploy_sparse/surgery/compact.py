@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -25,7 +25,7 @@ from .graph import Inputs
 from .inputs import checked_inputs, kind_of
 from .narrow import narrowed
 from .notes import readable
-from .pack import shells_, with_packed_layers
+from .pack import Layers, shells_, with_packed_layers
 from .plan import REMAKE, Norms, Shortcuts, SurgeryPlan, decide, uncut
 from .program import FILE as PROGRAM
 from .program import program_bytes
@@ -134,7 +134,7 @@ def compact(
     example_inputs: Inputs | None = None,
     *,
     format: Format = "channels",
-    layers: Collection[str] | None = None,
+    layers: Layers | None = None,
     multiple: int = 1,
     norms: Norms = "exact",
     shortcuts: Shortcuts = "union",
@@ -148,7 +148,8 @@ def compact(
             stronger. By default two seeded random samples of ``ticket.model.input_shape``.
         format: ``"channels"``: cut. ``"packed"``: and run the layers that are left with masks of blocks as blocks, see
             :mod:`.pack`. ``"dense"``: leave the masked network as it is.
-        layers: paths of the layers to pack; all that can be by default.
+        layers: paths of the layers to pack, all that can be by default; a mapping gives the style of each besides
+            (:class:`.packing.Style`, None: the fastest as a rule).
         multiple: round each group's kept width up to this multiple, never above its dense size.
         norms: whether channels that a norm counts may go, see :func:`~.plan.plan_from_ticket`.
         shortcuts: what layers write whose masks disagree, see there.
@@ -274,7 +275,7 @@ def _holds_a_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
 
 
-def _refuse_format(format: str, layers: Collection[str] | None) -> None:
+def _refuse_format(format: str, layers: Layers | None) -> None:
     if format not in get_args(Format):
         known = get_args(Format)
         raise SurgeryError(

@@ -25,12 +25,15 @@ from .graph import channel_groups
 from .narrow import pick
 from .order import Wish, orders, reordered
 from .packed import PackedConv2d, PackedLinear, Packing, packing_of
+from .packing import Style, other_style
 from .parts import Cut, Order, Pack, Spread
 from .plan import Decision
 from .spread import spread
 from .trace import Traced, layer_of, trace
 
 TILE = 16
+Layers = Collection[str] | Mapping[str, Style | None]
+"""Paths of layers, and how the blocks of each are computed where that is not left to the packing."""
 _LISTED = 8  # layers in a message
 
 
@@ -43,17 +46,25 @@ class Candidate:
         mask: of its weight in the narrowed network, bool, shaped like it.
         read: shape of one sample that it reads.
         written: shape of one sample that it writes.
+        style: how its blocks are computed; None: as :func:`packing_of` thinks fastest.
     """
 
     path: str
     mask: torch.Tensor
     read: tuple[int, ...]
     written: tuple[int, ...]
+    style: Style | None = None
 
     @property
     def weight(self) -> str:
         """The weight's name."""
         return f"{self.path}.weight"
+
+    def packing(self, mask: torch.Tensor) -> Packing:
+        """Of its mask, whose channels may have been renumbered."""
+        if self.style is None:
+            return packing_of(mask, tile=TILE)
+        return packing_of(mask, tile=self.style.tile, form=self.style.form)
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,16 @@ class LayerForm:
         looked = f", look-up {' and '.join(places)}" if places else ", no look-up"
         return f"{len(self.packing.blocks)} {self.packing.form} blocks{looked}"
 
+    @property
+    def style(self) -> Style:
+        """How its blocks are computed."""
+        return Style(self.packing.form, self.packing.tile)
+
+    @property
+    def other_style(self) -> Style | None:
+        """How else they could be."""
+        return other_style(self.packing, tile=TILE)
+
     def description(self) -> dict[str, Any]:
         """What its time depends on, as JSON values: not the weights, and not which channels are where."""
         sizes = [[len(block.rows), len(block.columns)] for block in self.packing.blocks]
@@ -99,6 +120,7 @@ class LayerForm:
             "dense": repr(self.dense),
             "packed": repr(self.packed),
             "dtype": str(self.dtype),
+            "form": [self.packing.form, self.packing.tile],
             "blocks": sizes,
             "input": list(self.input_shape),
             "lookups": [self.packing.gathers, self.packing.restores],
@@ -110,10 +132,10 @@ def layer_forms(
     masks: Mapping[str, torch.Tensor],
     cuts: Sequence[Cut],
     inputs: tuple[Any, ...],
-    only: Collection[str] | None = None,
+    only: Layers | None = None,
 ) -> tuple[LayerForm, ...]:
     """Each layer that can be packed, or of those in ``only``, dense and packed; see :func:`candidates`."""
-    found = [each for each in candidates(network, masks, cuts, inputs) if only is None or each.path in only]
+    found = _chosen(candidates(network, masks, cuts, inputs), only)
     how = arranged(network, inputs, found)
     # What a norm looks up for a layer costs as much as if the layer did.
     packs = tuple(replace(pack, packing=replace(pack.packing, restore=True)) for pack in how.packs)
@@ -175,13 +197,13 @@ def arranged(network: nn.Module, inputs: tuple[Any, ...], chosen: Sequence[Candi
     """New orders of channels for the chosen layers, and the layers packed in them."""
     if not chosen:
         return Arranged()
-    packings = {each.weight: packing_of(each.mask, tile=TILE) for each in chosen}
+    packings = {each.weight: each.packing(each.mask) for each in chosen}
     wishes = [wish for each in chosen for wish in _wishes(each, packings[each.weight])]
     changes = list(orders(channel_groups(network, inputs), wishes)) if wishes else []
     masks = reordered({each.weight: each.mask for each in chosen}, [c for c in changes if c.name in packings])
     norms, packs, spreads = _norms_after(network, trace(network, inputs)), [], []
     for each in chosen:
-        packing = in_sequence(packing_of(masks[each.weight], tile=TILE))
+        packing = in_sequence(each.packing(masks[each.weight]))
         norm = norms.get(each.path)
         if norm is not None and packing.restores and -1 not in packing.rows:
             spreads.append(Spread(norm, packing.places))
@@ -242,7 +264,7 @@ def _kind(layer: nn.Module) -> Any:
 
 
 def with_packed_layers(
-    decision: Decision, masks: Mapping[str, torch.Tensor], inputs: tuple[Any, ...], only: Collection[str] | None = None
+    decision: Decision, masks: Mapping[str, torch.Tensor], inputs: tuple[Any, ...], only: Layers | None = None
 ) -> Decision:
     """A decision with layers packed.
 
@@ -250,16 +272,16 @@ def with_packed_layers(
         decision: channels cut.
         masks: of the ticket.
         inputs: positional inputs.
-        only: paths of the layers to pack; all that can be by default.
+        only: paths of the layers to pack, with styles if it is a mapping; all that can be by default.
 
     Raises:
-        SurgeryError: ``only`` names a layer that cannot be packed.
+        SurgeryError: ``only`` names a layer that cannot be packed, or not in that style.
     """
     network = decision.compact
     found = candidates(network, masks, decision.plan.cuts, inputs)
     if only is not None:
         _refuse_others(only, found)
-        found = tuple(each for each in found if each.path in only)
+    found = _chosen(found, only)
     if not found:
         why = "no layer that can be packed has a mask of blocks" if only is None else "no layer was asked for"
         said = f"packed: nothing, as {why}"
@@ -271,6 +293,12 @@ def with_packed_layers(
     plan = replace(decision.plan, shape=shape, cost_after=cost_of(compact, inputs)[0])
     plain = decision.in_float64
     return Decision(plan, decision.dense, compact, None if plain is None else lambda: packed(plain(), how))
+
+
+def _chosen(found: Sequence[Candidate], only: Layers | None) -> tuple[Candidate, ...]:
+    styles: Mapping[str, Style | None] = only if isinstance(only, Mapping) else {}
+    wanted = [each for each in found if only is None or each.path in only]
+    return tuple(replace(each, style=styles.get(each.path)) for each in wanted)
 
 
 def _wishes(candidate: Candidate, packing: Packing) -> Iterator[Wish]:

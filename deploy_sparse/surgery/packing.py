@@ -17,6 +17,7 @@ from ..structure import MIN_BLOCK_ROWS, Block, row_blocks
 from ._positions import positions, ranges
 
 Form = Literal["disjoint", "equal", "free", "positions"]
+_PADDING_WORTH_TIMING = 1.25
 
 
 def _block_of(value: object) -> object:
@@ -205,6 +206,37 @@ def packing_of(mask: torch.Tensor, *, tile: int = 16, form: Form | None = None) 
             return packed("disjoint", 1)
     padded = {_padded(height, tile, out_channels) for height in heights}
     return packed("equal", tile) if len(padded) == len({wide for _, wide in free.sizes}) == 1 else free
+
+
+@dataclass(frozen=True)
+class Style:
+    """How the blocks of a mask are computed: a form of :class:`Packing`, and what sizes are padded up to."""
+
+    form: Form
+    tile: int
+
+
+def other_style(packing: Packing, *, tile: int = 16) -> Style | None:
+    """Another way to compute the blocks of a packing, which may be faster where they run; None: there is none.
+
+    One convolution for each block in place of a grouped one, which not every engine runs well; and blocks of unlike
+    sizes as one grouped convolution, padded to one size, where that costs a quarter more at most.
+    """
+    if packing.form in ("disjoint", "equal"):
+        return Style("free", tile) if len(packing.blocks) > 1 else None
+    if packing.form == "positions" or len(packing.blocks) == 1:
+        return None
+    tall, wide = max(len(block.rows) for block in packing.blocks), max(map(len, packing.reads))
+    for common in range(tile, max(tall, wide) + tile, tile):
+        sizes = {
+            (_padded(len(block.rows), common, packing.out_channels), _padded(len(read), common, packing.in_channels))
+            for block, read in zip(packing.blocks, packing.reads, strict=True)
+        }
+        if len(sizes) == 1:
+            area = math.prod(next(iter(sizes))) * len(packing.blocks)
+            least = sum(rows * columns for rows, columns in packing.sizes)
+            return Style("equal", common) if area <= _PADDING_WORTH_TIMING * least else None
+    return None
 
 
 def _padded(size: int, tile: int, most: int) -> int:

@@ -24,7 +24,8 @@ from ..errors import BuildError, ConfigError, EngineError, ExportError, SurgeryE
 from ..measure.subjects import checked_batches
 from ..surgery.compact import Compact, Format, compact
 from ..surgery.graph import Inputs
-from ..surgery.pack import LayerForm, layer_forms
+from ..surgery.pack import LayerForm, Layers, layer_forms
+from ..surgery.packing import Style
 from ..surgery.plan import Norms, Shortcuts
 from ..ticket import Ticket
 from .choice import Choice, LayerTime, NetworkTime, planned_for
@@ -100,7 +101,7 @@ def choose_format(
     batches = _checked(batch, target)
     require_timing(target)
 
-    def make(format: Format, multiple: int, shortcuts: Shortcuts, layers: Collection[str] | None = None) -> Compact:
+    def make(format: Format, multiple: int, shortcuts: Shortcuts, layers: Layers | None = None) -> Compact:
         poll()
         how: dict[str, Any] = {"layers": layers, "multiple": multiple, "norms": norms, "shortcuts": shortcuts}
         return compact(ticket, factory, example_inputs, format=format, **how)
@@ -149,6 +150,7 @@ class _Planner:
     say: Say
     made: dict[str, Compact] = field(default_factory=dict)
     layer_times: dict[str, LayerTime] = field(default_factory=dict)
+    styles: dict[str, Style] = field(default_factory=dict)
     network_times: list[NetworkTime] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
 
@@ -164,12 +166,12 @@ class _Planner:
             self._time_layers(base, forms)
         chosen = {path: time.ratio for path, time in self.layer_times.items() if time.packed}
         if base is not None and chosen:
-            self._try(base.packed(), "packed", base.multiple, base.shortcuts, list(chosen))
+            self._try(base.packed(), "packed", base.multiple, base.shortcuts, self._styled(chosen))
         self._time([name for name in self.made if name != "dense"])
         large = [path for path, ratio in chosen.items() if ratio >= LARGE]
         if base is not None and 0 < len(large) < len(chosen) and not self._won(base.packed()):
             name = base.packed(" where it gains most")
-            if self._try(name, "packed", base.multiple, base.shortcuts, large) is not None:
+            if self._try(name, "packed", base.multiple, base.shortcuts, self._styled(large)) is not None:
                 self._time([name])
         return self._confirmed()
 
@@ -188,7 +190,7 @@ class _Planner:
         return base
 
     def _try(
-        self, name: str, format: Format, multiple: int, shortcuts: Shortcuts, layers: Collection[str] | None = None
+        self, name: str, format: Format, multiple: int, shortcuts: Shortcuts, layers: Layers | None = None
     ) -> Compact | None:
         """Make a candidate, or leave it out."""
         try:
@@ -203,7 +205,7 @@ class _Planner:
         self.dropped[name] = why.splitlines()[0]
         self.say(f"left out: {name}: {self.dropped[name]}")
 
-    def _forms(self, base: _Base, only: Collection[str] | None) -> tuple[LayerForm, ...]:
+    def _forms(self, base: _Base, only: Layers | None) -> tuple[LayerForm, ...]:
         network = base.network
         try:
             return layer_forms(network.module, self.ticket.masks, network.plan.cuts, network.example_inputs, only)
@@ -212,20 +214,36 @@ class _Planner:
             return ()
 
     def _time_layers(self, base: _Base, forms: tuple[LayerForm, ...]) -> None:
-        """Time every layer of blocks, and again where the look-ups change because others stay dense."""
-        times = self.layer_times
-        for _ in range(_ROUNDS):
-            for form, ratio in zip(forms, self.layers.ratios(forms), strict=True):
-                if isinstance(ratio, str):
-                    times.pop(form.path, None)
-                    self._drop(f"layer {form.path} packed", ratio)
-                else:
-                    times[form.path] = LayerTime(form.path, str(form), form.share, ratio, ratio >= 1 + MARGIN)
-                    self.say(f"{form.path}: {form}, {ratio:.2f}x of dense")
-            kept = {form.path for form in forms if form.path in times and times[form.path].packed}
-            if len(kept) in (0, len(forms)):
+        """Time every layer of blocks in each style, and again where the look-ups change because others stay dense."""
+        self._clock(forms)
+        others = {form.path: form.other_style for form in forms if form.other_style is not None}
+        if others:
+            rivals = self._forms(base, {form.path: others.get(form.path, form.style) for form in forms})
+            self._clock([form for form in rivals if form.path in others], rivals=True)
+        for _ in range(_ROUNDS - 1):
+            kept = self._styled([path for path, time in self.layer_times.items() if time.packed])
+            if kept in ({}, {form.path: form.style for form in forms}):
                 return
             forms = self._forms(base, kept)
+            self._clock(forms)
+
+    def _clock(self, forms: Sequence[LayerForm], *, rivals: bool = False) -> None:
+        """Time layers; ``rivals``: in another style than before, which is taken where it is faster."""
+        times = self.layer_times
+        for form, ratio in zip(forms, self.layers.ratios(forms), strict=True):
+            known = times.get(form.path) if rivals else None
+            if isinstance(ratio, str):
+                if not rivals:
+                    times.pop(form.path, None)
+                self._drop(f"layer {form.path} packed" + f" as {form.style.form} blocks" * rivals, ratio)
+                continue
+            self.say(f"{form.path}: {form}, {ratio:.2f}x of dense")
+            if known is None or ratio > known.ratio * (1 + MARGIN):
+                times[form.path] = LayerTime(form.path, str(form), form.share, ratio, ratio >= 1 + MARGIN)
+                self.styles[form.path] = form.style
+
+    def _styled(self, layers: Collection[str]) -> dict[str, Style]:
+        return {path: self.styles[path] for path in layers}
 
     def _time(self, names: Sequence[str]) -> None:
         """Build what is not built, leave out what does not build, and time the rest beside dense."""

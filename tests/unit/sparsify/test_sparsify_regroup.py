@@ -292,8 +292,14 @@ def test_disjoint_blocks_come_near_the_density_and_divide_evenly():
 def test_the_first_layer_of_a_colour_image_is_handled():
     weight, mask = layer((64, 3, 7, 7), 0.6, 0)
     assert one(weight, mask)[1].rows == (32, 32)
-    _, report = one(weight, mask, rule="budget", columns="channel", density=0.67)
-    assert (report.outcome, report.density_after) == ("blocks", pytest.approx(2 / 3))
+    for rule in ({"blocks": "equal"}, {"blocks": "disjoint", "parts": 2}, {"empty": "prune"}):
+        budget = {} if rule.get("blocks") == "disjoint" else {"rule": "budget", "density": 0.67}
+        after, report = one(weight, mask, columns="channel", **rule, **budget)
+        assert after.all()
+        assert (report.outcome, report.reason) == ("dense", "it reads 3 input channels: too few to run as blocks")
+    weight, mask = layer((64, 4, 7, 7), 0.6, 0)
+    _, report = one(weight, mask, rule="budget", columns="channel", density=0.5)
+    assert (report.outcome, report.density_after) == ("blocks", pytest.approx(0.5))
 
 
 def test_masks_of_one_dimension_are_handed_on_and_devices_kept():

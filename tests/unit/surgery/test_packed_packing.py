@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from deploy_sparse.errors import SurgeryError
 from deploy_sparse.structure import Block
 from deploy_sparse.surgery.packed import Packing, packing_of
+from deploy_sparse.surgery.packing import Style, other_style
 
 ADAPTER = TypeAdapter(Packing)
 EVEN, ODD = tuple(range(0, 32, 2)), tuple(range(1, 32, 2))
@@ -61,6 +62,41 @@ def test_asked_form():
     for form in ("disjoint", "equal", "free", "positions"):
         assert packing_of(cells, form=form).form == form
     assert packing_of(cells, form="disjoint").sizes == ((16, 10),) * 2
+
+
+@pytest.mark.parametrize(
+    ("blocks", "style"),
+    [
+        ([(EVEN, range(16)), (ODD, range(16, 32))], Style("free", 16)),
+        ([(EVEN, range(16)), (ODD, range(8, 24))], Style("free", 16)),
+        ([(range(32), range(20))], None),  # one block is one convolution in any form
+        ([(EVEN[:9], range(16)), ((*ODD, 30), range(16))], None),  # 32 rows each for 9 and 17
+        ([(EVEN[:15], range(16)), ((*ODD, 30), range(16))], None),  # twice 32 for 15 and 17
+        (
+            [(range(48), range(20)), (range(48, 96), range(10, 52))],
+            Style("equal", 48),
+        ),  # 48 columns twice for 32 and 48
+        ([(range(40), range(20)), (range(40, 96), range(10, 40))], None),  # 64 columns twice for 32 and 32
+    ],
+)
+def test_the_other_style_of_a_mask(blocks, style):
+    wide = max(max(rows) for rows, _ in blocks) >= 32
+    cells = mask(96, 64, *blocks) if wide else mask(32, 32, *blocks)
+    found = packing_of(cells)
+    other = other_style(found)
+    assert other == style
+    if other is not None:
+        again = packing_of(cells, tile=other.tile, form=other.form)
+        assert torch.equal(mask_of(again), cells)
+        if other.form == "equal":
+            padded, least = (sum(rows * columns for rows, columns in p.sizes) for p in (again, found))
+            assert least < padded <= 1.25 * least
+
+
+def test_positions_have_no_other_style():
+    cells = mask(32, 32, (EVEN, range(16)), (ODD, range(16, 32)))
+    cells[EVEN, 3, 1, 1] = False
+    assert other_style(packing_of(cells)) is None
 
 
 def test_orders():
