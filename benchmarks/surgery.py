@@ -37,7 +37,7 @@ from deploy_sparse.artifact import environment, write_bytes
 
 sys.path.append(str(Path(__file__).parent))  # found also where this file is loaded by its path
 from surgery_part import PARTS, SCORE, SPARSITY, TARGET, merged
-from surgery_subject import BATCH, CPU_LIMIT_S, MEMORY_LIMIT_GIB, Subject, on_one_line, subjects
+from surgery_subject import BATCH, CPU_LIMIT_S, MEMORY_LIMIT_GIB, RUNS, Subject, on_one_line, subjects
 from surgery_table import details, text
 
 SCRIPT = Path(__file__).with_name("surgery_part.py")
@@ -62,6 +62,7 @@ def conditions() -> Row:
         "score": SCORE,
         "batch": BATCH,
         "threads": 1,
+        "runs": RUNS,
         "target": TARGET,
         "limits": {"cpu_s": CPU_LIMIT_S, "memory_gib": MEMORY_LIMIT_GIB},
     }
