@@ -168,8 +168,9 @@ def families(board: Board) -> Table:
     )
     note = (
         "CPU s: tracing, plan and compaction, without the proof; of Torch-Pruning, dependency graph and pruning; the "
-        "median of three runs in one process, from the fastest to the slowest network. Torch-Pruning equal: its "
-        "result against the network in which the channels that it removed are masked. ONNX and RTX: of the two compact networks of each dense one."
+        "median of three runs in one process, from the fastest to the slowest network. Torch-Pruning equal: its result "
+        "against the network in which the channels that it removed are masked. ONNX and RTX: of the two compact "
+        "networks of each dense one."
     )
     return Table("Families", columns, tuple((*rows, *total)), note)
 
