@@ -23,7 +23,10 @@ class Board:
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self.of: dict[str, dict[str, Row]] = {}
+        self.runs = 1  # of what is timed
         for row in rows:
+            if row["kind"] == "conditions":
+                self.runs = row.get("runs", 1)
             if row["kind"] == "part":
                 self.of.setdefault(row["model"], {})[row["part"]] = row
         self.models = tuple(sorted(self.of))
@@ -166,11 +169,11 @@ def families(board: Board) -> Table:
         *("MACs kept, silent", "MACs kept, live", "Torch-Pruning: through", "equal, silent", "equal, live", "CPU s"),
         *("MACs kept", "ONNX agrees", "RTX compiles (dense)"),
     )
+    counted = f"the median of {board.runs} runs in one process, " if board.runs > 1 else ""
     note = (
-        "CPU s: tracing, plan and compaction, without the proof; of Torch-Pruning, dependency graph and pruning; the "
-        "median of three runs in one process, from the fastest to the slowest network. Torch-Pruning equal: its result "
-        "against the network in which the channels that it removed are masked. ONNX and RTX: of the two compact "
-        "networks of each dense one."
+        "CPU s: tracing, plan and compaction, without the proof; of Torch-Pruning, dependency graph and pruning; "
+        f"{counted}from the fastest to the slowest network. Torch-Pruning equal: its result against the network in "
+        "which the channels that it removed are masked. ONNX and RTX: of the two compact networks of each dense one."
     )
     return Table("Families", columns, tuple((*rows, *total)), note)
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .api import load_compact as load_compact
     from .api import load_program as load_program
     from .api import oneshot_ticket as oneshot_ticket
+    from .bundle.make import bundle_engine as bundle_engine
+    from .bundle.opened import open_bundle as open_bundle
     from .dynamic import dynamic_sparsity as dynamic_sparsity
     from .engine.build import build_engine as build_engine
     from .engine.export import export_onnx as export_onnx
@@ -31,12 +33,15 @@ _HOMES = {
     "dynamic_sparsity": ".dynamic",
     "export_onnx": ".engine.export",
     "build_engine": ".engine.build",
+    "bundle_engine": ".bundle.make",
+    "open_bundle": ".bundle.opened",
     "load_engine": ".engine.runner",
     "profile": ".measure.profile",
 }
 __all__ = [
     "Ticket",
     "build_engine",
+    "bundle_engine",
     "compact",
     "dynamic_sparsity",
     "export_onnx",
@@ -44,6 +49,7 @@ __all__ = [
     "load_engine",
     "load_program",
     "oneshot_ticket",
+    "open_bundle",
     "profile",
 ]
 

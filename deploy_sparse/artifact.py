@@ -115,7 +115,7 @@ def writing(path: Path) -> Iterator[None]:
         ) from problem
 
 
-def describe(kind: str, payload: Mapping[str, bytes], body: Mapping[str, Any]) -> dict[str, Any]:
+def describe(kind: str, payload: Mapping[str, bytes | memoryview], body: Mapping[str, Any]) -> dict[str, Any]:
     """The sidecar of an artifact with this content; its ``"digest"`` entry names the artifact."""
     sidecar: dict[str, Any] = {
         "kind": kind,
@@ -133,7 +133,9 @@ def describe(kind: str, payload: Mapping[str, bytes], body: Mapping[str, Any]) -
         ) from None
 
 
-def write_artifact(folder: Path, kind: str, payload: Mapping[str, bytes], body: Mapping[str, Any]) -> Artifact:
+def write_artifact(
+    folder: Path, kind: str, payload: Mapping[str, bytes | memoryview], body: Mapping[str, Any]
+) -> Artifact:
     """Write an artifact folder atomically and return it.
 
     Writing the same content twice is a no-op. A folder that holds anything else is never replaced.
@@ -326,7 +328,7 @@ def unfinished_name(name: str) -> str | None:
     return found[1] if found else None
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write_synced(path: Path, data: bytes | memoryview) -> None:
     with open(path, "xb") as stream:
         stream.write(data)
         stream.flush()

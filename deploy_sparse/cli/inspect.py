@@ -1,7 +1,10 @@
-"""Say what surgery does to a network: layers before and after, channel groups, what stays and why. Writes nothing.
+"""Say what surgery does to a network, or what an engine consists of, layer by layer. Writes nothing.
 
-A compact network tells what was done. A ticket is planned anew: the same decisions as `compact`, not yet verified. Of a
-run its compact network is taken, or else its ticket.
+A compact network tells what was done: layers before and after, channel groups, what stays and why. A ticket is planned
+anew: the same decisions as `compact`, not yet verified. Of a run its compact network is taken, or else its ticket.
+
+Of an engine: layers, number formats, kernels and memory layouts as TensorRT's engine inspector tells them, where the
+engine runs on this machine; otherwise, and of an ONNX file, the graph's nodes with parameters and multiply-accumulates.
 """
 
 from __future__ import annotations
@@ -23,11 +26,12 @@ if TYPE_CHECKING:
 EXAMPLES = """  deploy-sparse inspect runs/imp_refill-resnet_digits
   deploy-sparse inspect runs/imp_refill-resnet_digits/ticket --target rtx-sm89
   deploy-sparse inspect compact --json
+  deploy-sparse inspect engines/out/model-rtx-sm89-0123456789ab
 """
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", help="a ticket's folder, a compact network's, or a run's")
+    parser.add_argument("path", help="a ticket's folder, a compact network's, a run's, or an engine's; or an ONNX file")
     parser.add_argument("--target", help="of a ticket: round widths up to the multiple this target likes")
     parser.add_argument(
         "--norms", help="of a ticket: exact (the default): channels that a norm counts may go; leave: they stay"
@@ -43,18 +47,20 @@ def execute(options: argparse.Namespace) -> int:
 
     path = _subject(Path(options.path))
     kind = artifact.kind_of(path)
+    if kind == "engine" or path.suffix == ".onnx":
+        return _engine(options, path, kind)
     members: Mapping[str, Sequence[str]] | None
     if kind == "ticket":
         plan, members = _planned(path, options.target, options.norms or "exact", options.shortcuts or "union")
     elif kind == "plan":
         for name in ("target", "norms", "shortcuts"):
-            _refuse_decided(name, getattr(options, name))
+            _refuse_decided(name, getattr(options, name), "a compact network, whose widths are decided")
         plan, members = _done(path)
     else:
         found = f"the artifact {kind!r}" if kind else "nothing to inspect"
         raise ArtifactError(
             f"{path} holds {found}" if path.exists() else f"{path} does not exist",
-            expected="a ticket's folder, a compact network's folder, or a run's folder",
+            expected="a ticket's folder, a compact network's folder, or a run's folder; an engine's; or an ONNX file",
             fix="check the path; deploy-sparse show PATH says what any artifact is",
         )
     summary = plan.summary()
@@ -105,12 +111,22 @@ def _planned(
     return plan, _members(module.to(inputs.dtype), inputs, norms)
 
 
-def _refuse_decided(name: str, given: str | None) -> None:
+def _engine(options: argparse.Namespace, path: Path, kind: str | None) -> int:
+    from .engine_text import engine_text
+
+    for name in ("target", "norms", "shortcuts"):
+        _refuse_decided(name, getattr(options, name), "an engine" if kind == "engine" else "an ONNX file")
+    value, text = engine_text(path, kind)
+    emit(options, value, text)
+    return 0
+
+
+def _refuse_decided(name: str, given: str | None, what: str) -> None:
     from ..errors import ConfigError
 
     if given is not None:
         raise ConfigError(
-            f"--{name} {given} for a compact network, whose widths are decided",
+            f"--{name} {given} for {what}",
             expected="a ticket",
             fix=f"leave --{name} out, or inspect the ticket",
         )

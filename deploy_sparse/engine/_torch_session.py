@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.dlpack
 from torch.export.passes import move_to_device_pass
 from torch.fx import GraphModule
 
@@ -19,8 +20,9 @@ from ..programs.program import read_bytes
 from ._torch_choice import BlockChoice, with_block_kernels
 from ._torch_fold import fold_batchnorm_
 from ._torch_graph import call_flat, flat_module, loosen_views_, pruned, writes_inputs
+from .device_arrays import DeviceView
 from .target import Target
-from .tensors import Feeds
+from .tensors import NOTHING, Feeds
 
 log = logging.getLogger("deploy_sparse.torch")
 
@@ -33,9 +35,9 @@ _GPU_LOCK = threading.Lock()  # one for all sessions: what they set is the proce
 class TorchSession:
     """A torch program ready to run.
 
-    On the CPU ``run`` may be called from several threads. On a GPU a lock serialises the calls of all sessions,
-    weights and activations of four axes are channels-last, and cuDNN searches for its fastest algorithms; the
-    process-wide settings that this needs are set for the time of a call.
+    Calls may come from several threads; a lock serialises those of a session on the CPU, and those of all sessions on
+    a GPU. There weights and activations of four axes are channels-last, cuDNN searches for its fastest algorithms, and
+    the process-wide settings that this needs are set for the time of a call.
 
     Attributes:
         blocks: where the block kernel could run, and whether it does.
@@ -48,6 +50,12 @@ class TorchSession:
     def __init__(
         self, data: bytes, target: Target, inputs: Sequence[str], outputs: Sequence[str], *, where: str, rebuild: str
     ) -> None:
+        if target.device == "cuda" and not torch.cuda.is_available():
+            raise EngineError(
+                f"PyTorch {torch.__version__} finds no GPU here",
+                expected="PyTorch with CUDA, and a driver as new as it",
+                fix="install PyTorch for the CUDA version that nvidia-smi shows",
+            )
         program = read_bytes(data, where, remake=rebuild)
         self._target, self._inputs, self._outputs, self._rebuild = target, tuple(inputs), tuple(outputs), rebuild
         self._on_gpu = target.device == "cuda"
@@ -72,23 +80,57 @@ class TorchSession:
         self._forward = _forward(self._module, copies=writes_inputs(self._module.graph))
         self._own = {x.untyped_storage().data_ptr() for x in (*self._module.parameters(), *self._module.buffers())}
 
-    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        """Outputs by name, C-contiguous; on a GPU with copies there and back.
+    def run(self, feeds: Feeds, out: Feeds = NOTHING) -> dict[str, np.ndarray]:
+        """Outputs by name, C-contiguous, copied into the arrays of ``out``; on a GPU with copies there and back.
 
         Raises:
             EngineError: the program fails on these inputs.
         """
-        if not self._on_gpu:
-            with self._explained("running"), self._settings(), torch.inference_mode():
-                inputs = self._tensors(feeds)
-                outputs = self._forward(inputs)
-            held = {x.untyped_storage().data_ptr() for x in inputs} | self._own
-            arrays = [self._array(y, held) for y in outputs]
-            return dict(zip(self._outputs, arrays, strict=True))
         with self._lock, self._explained("running"), self._settings(), torch.inference_mode():
-            outputs = self._forward(self._tensors(feeds))
-            self._stream.synchronize()
-            return {name: np.ascontiguousarray(y.cpu().numpy()) for name, y in zip(self._outputs, outputs, strict=True)}
+            inputs = self._tensors(feeds)
+            outputs = self._forward(inputs)
+            if self._on_gpu:
+                self._stream.synchronize()
+                arrays = [np.ascontiguousarray(y.cpu().numpy()) for y in outputs]
+            else:
+                held = {x.untyped_storage().data_ptr() for x in inputs} | self._own
+                arrays = [self._array(y, held) for y in outputs]
+        found = dict(zip(self._outputs, arrays, strict=True))
+        for name, array in out.items():
+            _fits(name, array.shape, found[name].shape)
+            np.copyto(array, found[name])
+        return {**found, **out}
+
+    def run_on_gpu(
+        self, feeds: Mapping[str, DeviceView], out: Mapping[str, DeviceView], stream: int
+    ) -> dict[str, torch.Tensor]:
+        """Outputs by name, C-contiguous on the GPU, ordered to torch's current stream; nothing waits.
+
+        Results are copied into the tensors of ``out``.
+
+        Raises:
+            EngineError: the program fails on these inputs.
+        """
+        with self._lock, self._explained("running"), torch.no_grad():
+            current = torch.cuda.current_stream()
+            for view in (*feeds.values(), *out.values()):
+                if view.stream is not None:
+                    current.wait_stream(torch.cuda.ExternalStream(view.stream))  # type: ignore[no-untyped-call]
+            with self._settings():
+                self._stream.wait_stream(current)
+                inputs = [_tensor(feeds[name].owner) for name in self._inputs]
+                outputs = self._forward([self._ordered(x) for x in inputs])
+                held = {x.untyped_storage().data_ptr() for x in inputs} | self._own
+                found = dict(zip(self._outputs, (_alone(y, held) for y in outputs), strict=True))
+                for name, view in out.items():
+                    _fits(name, view.form.shape, tuple(found[name].shape))
+                    _tensor(view.owner).copy_(found[name])
+            current.wait_stream(self._stream)
+            for x in inputs:
+                x.record_stream(self._stream)
+            for y in found.values():
+                y.record_stream(current)
+        return {name: out[name].owner if name in out else y for name, y in found.items()}
 
     def prepare(self, feeds: Feeds) -> Callable[[], None]:
         """A closure that runs once and returns when the result is there.
@@ -133,7 +175,7 @@ class TorchSession:
         inputs, forward = self._tensors(feeds), self._forward
 
         def run_once() -> None:
-            with self._settings(), torch.inference_mode():
+            with self._lock, self._settings(), torch.inference_mode():
                 forward(inputs)
 
         with self._explained("running"):
@@ -156,9 +198,11 @@ class TorchSession:
         tensors = [torch.from_numpy(x if x.flags.writeable else x.copy()) for x in arrays]
         if not self._on_gpu:
             return tensors
-        return [
-            x.to("cuda", memory_format=torch.channels_last if x.dim() == 4 else torch.preserve_format) for x in tensors
-        ]
+        return [self._ordered(x) for x in tensors]
+
+    def _ordered(self, x: torch.Tensor) -> torch.Tensor:
+        """The tensor on the GPU in the program's order of memory."""
+        return x.to("cuda", memory_format=torch.channels_last if x.dim() == 4 else torch.preserve_format)
 
     def _array(self, output: torch.Tensor, held: set[int]) -> np.ndarray:
         """As an array that shares no memory with ``held``."""
@@ -202,6 +246,30 @@ class TorchSession:
                 expected="a program that runs at every batch size of its range",
                 fix=f"{graphs}narrow [batch] of the target, or build again: {self._rebuild}",
             ) from problem
+
+
+def _tensor(array: Any) -> torch.Tensor:
+    """What is on the GPU as a tensor that shares its memory."""
+    if isinstance(array, torch.Tensor):
+        return array
+    if hasattr(array, "__cuda_array_interface__"):
+        return torch.as_tensor(array, device="cuda")
+    return torch.utils.dlpack.from_dlpack(array)
+
+
+def _alone(output: torch.Tensor, held: set[int]) -> torch.Tensor:
+    """The output C-contiguous, in memory that is not among ``held``."""
+    shared = output.untyped_storage().data_ptr() in held
+    return output.clone(memory_format=torch.contiguous_format) if shared else output.contiguous()
+
+
+def _fits(name: str, given: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    if given != shape:
+        raise EngineError(
+            f"output {name!r} goes into an array {list(given)}",
+            expected=f"the shape {list(shape)}, which these inputs give",
+            fix="allocate it with that shape, or leave it out",
+        )
 
 
 def _forward(module: GraphModule, *, copies: bool) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:

@@ -10,7 +10,8 @@ import importlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,11 +19,15 @@ from typing import Any
 
 from ..errors import BuildError, MissingDependencyError
 from ._trt_config import builder_config, label
+from ._trt_messages import ran_out_of_memory, readable, refusal
+from ._trt_monitor import progress_monitor
 from .fit import Obstacle, gpu_takes, version_takes
-from .gpu import Gpu, local_gpu
+from .gpu import Gpu
+from .gpu import local_gpu as local_gpu
 from .target import Target, list_targets
 from .tensors import TensorSpec
 from .timings import attach_timings, save_timings, timing_file
+from .watch import Watch
 
 log = logging.getLogger("deploy_sparse.tensorrt")
 
@@ -34,6 +39,7 @@ _INSTALL = {
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "BOOL": "bool", "FP8": "float8", "FP4": "float4"}
 _ONE_AT_A_TIME = threading.Lock()  # concurrent builds in one process have crashed TensorRT 10.16
 _errors: deque[str] = deque(maxlen=20)  # what TensorRT said last, since the start of a build
+_watching = [Watch()]  # what the build under way reports to
 
 
 @dataclass(frozen=True)
@@ -120,41 +126,92 @@ def data_type_name(dtype: Any) -> str:
     return str(_DTYPES.get(dtype.name, dtype.name.lower()))
 
 
-def compile_onnx(graph: bytes, target: Target, inputs: Sequence[TensorSpec]) -> Compiled:
+def compile_onnx(
+    graph: bytes,
+    target: Target,
+    inputs: Sequence[TensorSpec],
+    *,
+    watch: Watch | None = None,
+    path: Path | None = None,
+) -> Compiled:
     """Compile the bytes of an ONNX file for a TensorRT target.
 
     Args:
         inputs: the graph's inputs; dynamic axes get the target's ranges.
+        watch: hears of the progress and may stop it.
+        path: the file, where it keeps weights in others beside it.
 
     Raises:
         MissingDependencyError: the library is not installed.
-        BuildError: full TensorRT without a GPU, an operator TensorRT does not take, or a failed compilation.
+        BuildError: full TensorRT without a GPU, an operator TensorRT does not take, a failed compilation, too little
+            memory, or stopped by ``watch``.
     """
     trt = builder_library(target)
-    with _ONE_AT_A_TIME:
+    watch = watch or Watch()
+    with _turn(watch), watch.signals_kept():
+        try:
+            return _compile(trt, graph, target, inputs, watch, path)
+        except MemoryError:
+            raise _out_of_memory(trt, target, "no memory is left on this machine") from None
+
+
+def _compile(
+    trt: Any, graph: bytes, target: Target, inputs: Sequence[TensorSpec], watch: Watch, path: Path | None
+) -> Compiled:
+    builder = trt.Builder(_logger(trt))
+    network = builder.create_network(_network_flags(trt))
+    _parse(trt, network, graph, target, path)
+    config = builder_config(trt, builder, target)
+    _add_profile(builder, config, network, inputs, target)
+    timings = _timing_file(trt, target)
+    cache = attach_timings(config, timings)
+    config.progress_monitor = progress_monitor(trt, watch)
+    watch.check()
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        watch.check()
+        raise _failed(trt, target)
+    watch.finish()
+    if timings is not None and cache is not None:
+        save_timings(config, cache, timings)
+    return Compiled(bytes(plan), _float_types(network))
+
+
+@contextmanager
+def _turn(watch: Watch) -> Iterator[None]:
+    """One build at a time; what TensorRT says meanwhile is of it."""
+    watch.wait(lambda: _ONE_AT_A_TIME.acquire(blocking=False), "waiting for another build of this process")
+    before = _watching[0]
+    try:
         _errors.clear()
-        builder = trt.Builder(_logger(trt))
-        network = builder.create_network(_network_flags(trt))
-        _parse(trt, network, graph, target)
-        config = builder_config(trt, builder, target)
-        _add_profile(builder, config, network, inputs, target)
-        timings = _timing_file(trt, target)
-        cache = attach_timings(config, timings)
-        plan = builder.build_serialized_network(network, config)
-        if plan is None:
-            raise BuildError(
-                f"{label(trt)} could not compile the network for {target.name!r}: {last_errors()}",
-                expected="a network the compiler supports on this target",
-                fix="try rtx-portable or a smaller batch range; replace the layer it names",
-            )
-        if timings is not None and cache is not None:
-            save_timings(config, cache, timings)
-        return Compiled(bytes(plan), _float_types(network))
+        _watching[0] = watch
+        yield
+    finally:
+        _watching[0] = before
+        _ONE_AT_A_TIME.release()
+
+
+def _failed(trt: Any, target: Target) -> BuildError:
+    if ran_out_of_memory(_errors):
+        return _out_of_memory(trt, target, last_errors())
+    return BuildError(
+        f"{label(trt)} could not compile the network for {target.name!r}: {last_errors()}",
+        expected="a network the compiler supports on this target",
+        fix="try rtx-portable or a smaller batch range; replace the layer it names",
+    )
+
+
+def _out_of_memory(trt: Any, target: Target, why: str) -> BuildError:
+    return BuildError(
+        f"{label(trt)} ran out of memory while it compiled for {target.name!r}: {why}",
+        expected="enough free memory, on the GPU too where the target compiles on it",
+        fix="close what else uses it; or give the target a smaller batch.max, or a workspace_mib",
+    )
 
 
 def last_errors() -> str:
     """What TensorRT logged as errors since the last build began, in one line."""
-    return "; ".join(dict.fromkeys(_errors))[:600] or "it gave no reason"
+    return readable(_errors) or "it gave no reason"
 
 
 def obstacle(manifest: Mapping[str, Any]) -> Obstacle | None:
@@ -199,11 +256,20 @@ def _other_gpu(manifest: Mapping[str, Any], gpu: Gpu) -> Obstacle | None:
     return Obstacle(f"{gpu.name} ({gpu.capability})", f"a GPU of {', '.join(wanted)}", "build it for this GPU", better)
 
 
-def refitted(trt: Any, engine: Any, graph: bytes, logger: Any) -> bool:
-    """Fill the weights of an ONNX file into an engine that was compiled without them; whether all went in."""
+def refitted(trt: Any, engine: Any, graph: bytes, logger: Any, path: Path | None = None) -> bool:
+    """Fill the weights of an ONNX file into an engine that was compiled without them; whether all went in.
+
+    Args:
+        path: the file, where it keeps weights in others beside it.
+    """
     refitter = trt.Refitter(engine, logger)
     parser = trt.OnnxParserRefitter(refitter, logger)
-    return bool(parser.refit_from_bytes(graph) and refitter.refit_cuda_engine())
+    return bool(parser.refit_from_bytes(graph, *_place(path)) and refitter.refit_cuda_engine())
+
+
+def _place(path: Path | None) -> tuple[str, ...]:
+    """The argument that tells a parser where the file lies, in whose folder it looks for weights."""
+    return () if path is None else (str(path.absolute()),)
 
 
 def _timing_file(trt: Any, target: Target) -> Path | None:
@@ -218,14 +284,15 @@ def _network_flags(trt: Any) -> int:
     return 0
 
 
-def _parse(trt: Any, network: Any, graph: bytes, target: Target) -> None:
+def _parse(trt: Any, network: Any, graph: bytes, target: Target, path: Path | None) -> None:
     parser = trt.OnnxParser(network, _logger(trt))
-    if parser.parse(graph):
+    if parser.parse(graph, *_place(path)):
         return
-    problems = [parser.get_error(index) for index in range(parser.num_errors)]
-    nodes = [f"node {p.node_name() or p.node()!r} ({p.node_operator()}): {p.desc()}" for p in problems]
+    if ran_out_of_memory(_errors):
+        raise _out_of_memory(trt, target, last_errors())
+    problems = dict.fromkeys(refusal(parser.get_error(index), _errors) for index in range(parser.num_errors))
     raise BuildError(
-        f"{label(trt)} does not accept the graph for {target.name!r}: {'; '.join(nodes) or last_errors()}",
+        f"{label(trt)} does not accept the graph for {target.name!r}: {'; '.join(problems) or last_errors()}",
         expected="operators that TensorRT's ONNX parser supports",
         fix="replace that operator in the module, or take target cpu",
     )
@@ -270,8 +337,11 @@ def _logger(trt: Any) -> Any:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            if severity.name.endswith("ERROR"):
-                _errors.append(message.strip())
-            log.log(levels.get(severity.name, logging.DEBUG), "%s", message)
+            def act() -> None:
+                if severity.name.endswith("ERROR"):
+                    _errors.append(message)
+                log.log(levels.get(severity.name, logging.DEBUG), "%s", message.strip())
+
+            _watching[0].safely(act)
 
     return ProcessLogger()

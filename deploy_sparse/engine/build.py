@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..artifact import FORMAT_VERSION, digest_of, environment, write_artifact
 from ..errors import ArtifactError, BuildError, ConfigError, nearest
+from .backends import Backend, Built, Maker, backend_of
 from .entry import KIND, ONNX_FILE, PLAN_FILE, PROGRAM_FILE, Engine, open_entry
-from .float_formats import check_precision, precision_of
-from .onnx_file import OnnxFile, float_types, parity_as_json, parse_graph, sidecar_path
-from .source import module_of, onnx_of
-from .target import Target, load_target
+from .onnx_file import OnnxFile, parity_as_json
+from .precision.building import LoweredFile, calibration_of, is_lowering, lower, lowering_key
+from .precision.calibration import Calibration
+from .single_flight import single_flight
+from .source import identity_of_file
+from .target import Target, in_precision, in_runtime, load_target
+from .watch import Flag, Progress, Watch
 
 if TYPE_CHECKING:
-    from ._torch_build import TorchProgram
-
-
-@dataclass(frozen=True)
-class _Maker:
-    """What compiles: the runtime's version, and the GPU when the result is tied to it."""
-
-    version: str
-    gpu: Mapping[str, str] | None
+    from .backends import Source
 
 
 def build_engine(
@@ -40,14 +35,21 @@ def build_engine(
     out: str | Path = "engines/out",
     *,
     name: str = "model",
+    precision: str | None = None,
+    exclude: Sequence[str] = (),
+    calibration: Any = None,
+    backend: str | None = None,
+    progress: Callable[[Progress], object] | None = None,
+    time_limit_s: float | None = None,
+    cancel: Flag | Callable[[], object] | None = None,
 ) -> Engine:
     """Build an engine and return it, or return the verified one that an equal build left before.
 
     The entry is the folder ``out/<name>-<target>-<key>``. The key is the hash of the ONNX bytes (for torch, of the
-    exported program), the target, the runtime's version and, for full TensorRT, the GPU: equal keys mean
-    interchangeable engines. The manifest also holds build time and environment, so the entry's own digest differs
-    between two builds with one key. Compiled bytes are not part of the key: TensorRT-RTX mostly repeats them, but not
-    for every network and GPU generation.
+    exported program), the target, the runtime's version and, for full TensorRT, the GPU; in a lower precision also of
+    calibration data and the tools that lower the graph: equal keys mean interchangeable engines. The manifest also
+    holds build time and environment, so the entry's own digest differs between two builds with one key. Compiled bytes
+    are not part of the key: TensorRT-RTX mostly repeats them, but not for every network and GPU generation.
 
     Args:
         subject: an ``nn.Module`` (or an object with one in ``.module``), a path of an ONNX file, or an ``OnnxFile``;
@@ -57,67 +59,93 @@ def build_engine(
             file; a compact network brings its own.
         out: folder for entries.
         name: a plain name, the first part of the entry's.
+        precision: instead of the target's: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"`` or ``"fp8"``; the target is
+            then called ``<name>-<precision>``.
+        exclude: names of nodes or modules, with ``*`` and ``?``, that stay in fp32, besides the target's own.
+        calibration: real inputs, which int8 and fp8 take their scales from, and on which every lower precision but
+            torch's is compared with fp32: an iterable of batches, an array of samples, the path of an ``.npz`` file or
+            of a folder of ``.npy`` files; see :func:`~deploy_sparse.engine.precision.calibration.read_calibration`.
+            Without it fp16 and bf16 are compared on random numbers. Unused in fp32.
+        backend: the runtime to use instead of the target's, for example ``"torch-tensorrt"``; the target is then called
+            ``<name>-<runtime>``.
+        progress: called with a :class:`~deploy_sparse.engine.watch.Progress` at each step of a TensorRT compilation.
+        time_limit_s: seconds for all of it, waiting for another build of the same engine included; looked at between
+            steps.
+        cancel: a ``threading.Event`` or a function; once that is set, or true, the build stops at its next step.
 
     Raises:
-        ConfigError: unknown target, bad name or folder. ExportError: the module does not export exactly.
-        MissingDependencyError: the target's library is not installed. BuildError: it does not compile, or the
-        engine's precision is not the one asked for, or the subject is of another type. ArtifactError: a damaged file
-        or entry, a folder instead of a file, or no room to write.
+        ConfigError: unknown target, bad name or folder, int8 or fp8 without data, data that the inputs do not take.
+        ExportError: the module does not export exactly. MissingDependencyError: the target's library is not installed.
+        BuildError: it does not compile, or the engine's precision is not the one asked for, or the subject is of
+        another type, or exclude names nothing, or a weight does not fit the precision. ArtifactError: a damaged file or
+        entry, a folder instead of a file, or no room to write.
     """
-    wanted = load_target(target)
+    watch = Watch(progress, time_limit_s=time_limit_s, cancel=cancel)
+    wanted = in_precision(in_runtime(load_target(target), backend), precision, exclude)
     _check_name(name)
     _check_out(out)
-    require_runtime(wanted)
-    maker = _maker(wanted)
-    source, graph = _source(subject, example_inputs, wanted)
-    form = "program" if wanted.runtime == "torch" else "onnx"
-    batch, axes = _batch_range(source, wanted), _axes(source, wanted)
-    key = digest_of(
-        {
-            "format_version": FORMAT_VERSION,
-            form: source.sha256,
-            "target": wanted.digest,
-            "runtime": {wanted.runtime: maker.version},
+    way = backend_of(wanted)
+    way.require(wanted)
+    maker = way.maker(wanted)
+    if not is_lowering(wanted) and (known := identity_of_file(subject)) is not None:
+        key = _key("onnx", known, wanted, maker, {})  # the very same file may be built: no need to read its graph
+        if (found := _existing(Path(out) / f"{name}-{wanted.name}-{key[:12]}", key)) is not None:
+            return found
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deploy-sparse-")))
+        source, graph = way.source(subject, example_inputs, wanted, scratch)
+        form = "onnx" if isinstance(source, OnnxFile) else "program"
+        batch, axes = _batch_range(source, wanted), _axes(source, wanted)
+        data = calibration_of(calibration, source, wanted)
+        identity = source.identity if isinstance(source, OnnxFile) else source.sha256
+        key = _key(form, identity, wanted, maker, lowering_key(wanted, data))
+        folder = Path(out) / f"{name}-{wanted.name}-{key[:12]}"
+        stack.enter_context(single_flight(folder, watch))
+        if (found := _existing(folder, key)) is not None:
+            return found
+        started = time.perf_counter()
+        built, made = _compile(way, source, graph, wanted, data, watch)
+        seconds = time.perf_counter() - started
+        engine_file = next(file for file in (PLAN_FILE, PROGRAM_FILE, ONNX_FILE) if file in built.payload)
+        manifest = {
+            "name": name,
+            "key": key,
+            "engine_file": engine_file,
+            "bytes": len(built.payload[engine_file]),
+            f"{form}_sha256": source.sha256,
+            **({"opset": (made.source if made else source).opset} if isinstance(source, OnnxFile) else {}),
+            "target": wanted.model_dump(mode="json"),
+            "target_digest": wanted.digest,
+            "runtime": {"name": wanted.runtime, "version": maker.version},
+            "compute_capabilities": [maker.gpu["capability"]] if maker.gpu else list(wanted.compute_capabilities),
             "gpu": maker.gpu,
+            "inputs": [spec.as_json() for spec in source.inputs],
+            "outputs": [spec.as_json() for spec in source.outputs],
+            "batch": batch,
+            **({"axes": axes} if axes else {}),
+            "precision": {
+                "asked": wanted.precision,
+                "built": built.precision,
+                "read_from": built.read_from,
+                "tf32": wanted.tf32,
+                **(made.report if made else {}),
+            },
+            "parameters": source.parameters,
+            "macs": source.macs,
+            "parity": parity_as_json(source.parity),
+            **built.facts,
+            **({"agreement": made.agreement} if made else {}),
+            **({"weights": files} if (files := _weights(made.source if made else source)) else {}),
+            "build_seconds": round(seconds, 3),
+            "environment": environment(),
         }
-    )
-    folder = Path(out) / f"{name}-{wanted.name}-{key[:12]}"
-    if (found := _existing(folder, key)) is not None:
-        return found
-    started = time.perf_counter()
-    payload, built, read_from = _compile(source, graph, wanted)
-    seconds = time.perf_counter() - started
-    engine_file = next(file for file in (PLAN_FILE, PROGRAM_FILE, ONNX_FILE) if file in payload)
-    manifest = {
-        "name": name,
-        "key": key,
-        "engine_file": engine_file,
-        "bytes": len(payload[engine_file]),
-        f"{form}_sha256": source.sha256,
-        **({"opset": source.opset} if isinstance(source, OnnxFile) else {}),
-        "target": wanted.model_dump(mode="json"),
-        "target_digest": wanted.digest,
-        "runtime": {"name": wanted.runtime, "version": maker.version},
-        "compute_capabilities": [maker.gpu["capability"]] if maker.gpu else list(wanted.compute_capabilities),
-        "gpu": maker.gpu,
-        "inputs": [spec.as_json() for spec in source.inputs],
-        "outputs": [spec.as_json() for spec in source.outputs],
-        "batch": batch,
-        **({"axes": axes} if axes else {}),
-        "precision": {"asked": wanted.precision, "built": built, "read_from": read_from, "tf32": wanted.tf32},
-        "parameters": source.parameters,
-        "macs": source.macs,
-        "parity": parity_as_json(source.parity),
-        "build_seconds": round(seconds, 3),
-        "environment": environment(),
-    }
-    try:
-        write_artifact(folder, KIND, payload, manifest)
-    except ArtifactError:
-        if (found := _existing(folder, key)) is None:
-            raise
-        return found  # another process finished the same build first
-    return open_entry(folder)
+        try:
+            write_artifact(folder, KIND, built.payload, manifest)
+        except ArtifactError:
+            if (found := _existing(folder, key)) is None:
+                raise
+            return found  # another process finished the same build first
+        return open_entry(folder)
 
 
 def require_runtime(target: Target) -> None:
@@ -127,10 +155,17 @@ def require_runtime(target: Target) -> None:
         MissingDependencyError: the target's library is not installed.
         BuildError: full TensorRT without a GPU.
     """
-    if target.on_gpu and target.runtime != "torch":  # a program is exported on the CPU
-        from ._trt import builder_library
+    backend_of(target).require(target)
 
-        builder_library(target)
+
+def _compile(
+    way: Backend, source: Source, graph: bytes, target: Target, data: Calibration | None, watch: Watch
+) -> tuple[Built, LoweredFile | None]:
+    """The engine, and the graph that it was made from where that had to be lowered first."""
+    if not (isinstance(source, OnnxFile) and is_lowering(target)):
+        return way.compile(source, graph, target, watch), None
+    low = lower(source, graph, target, data)
+    return way.compile(low.source, low.graph, target, watch), low
 
 
 def _existing(folder: Path, key: str) -> Engine | None:
@@ -172,43 +207,31 @@ def _check_out(out: Any) -> None:
         )
 
 
-def _source(subject: Any, example_inputs: Any, target: Target) -> tuple[OnnxFile | TorchProgram, bytes]:
-    """What the engine is made from, and its bytes."""
-    if target.runtime == "torch":
-        module, inputs = module_of(subject, example_inputs)
-        from ._torch_build import torch_program
-
-        program = torch_program(module, inputs, target)
-        return program, program.data
-    with tempfile.TemporaryDirectory(prefix="deploy-sparse-") as scratch:
-        source = onnx_of(subject, example_inputs, Path(scratch) / ONNX_FILE)
-        return source, source.read()
+def _weights(source: Source) -> list[str]:
+    return [file.name for file in source.weights] if isinstance(source, OnnxFile) else []
 
 
-def _maker(target: Target) -> _Maker:
-    if target.runtime == "torch":
-        from ._torch_build import VERSION
-
-        return _Maker(VERSION, None)
-    if not target.on_gpu:
-        from . import _ort
-
-        return _Maker(_ort.VERSION, None)
-    from . import _trt
-
-    version = str(_trt.library(target.runtime).__version__)
-    gpu = _trt.local_gpu() if target.runtime == "tensorrt" else None  # RTX compiles ahead of time, for no one GPU
-    return _Maker(version, {"name": gpu.name, "capability": gpu.capability} if gpu else None)
+def _key(form: str, identity: str, target: Target, maker: Maker, low: Mapping[str, Any]) -> str:
+    return digest_of(
+        {
+            "format_version": FORMAT_VERSION,
+            form: identity,
+            "target": target.digest,
+            "runtime": {target.runtime: maker.version},
+            "gpu": maker.gpu,
+            **low,
+        }
+    )
 
 
-def _batch_range(source: OnnxFile | TorchProgram, target: Target) -> dict[str, int]:
+def _batch_range(source: Source, target: Target) -> dict[str, int]:
     if any(spec.batched for spec in source.inputs):
         return {"min": target.batch.min, "opt": target.batch.opt, "max": target.batch.max}
     fixed = next((spec.shape[0] for spec in source.inputs if spec.shape), 1)  # the file's own batch, no choice left
     return {"min": int(fixed), "opt": int(fixed), "max": int(fixed)}
 
 
-def _axes(source: OnnxFile | TorchProgram, target: Target) -> dict[str, dict[str, int]]:
+def _axes(source: Source, target: Target) -> dict[str, dict[str, int]]:
     """Ranges of the dynamic axes other than the batch, by name; each has one in the target, and none is left over."""
     names = {name for spec in source.inputs for name in spec.axes.values()}
     for spec in source.inputs:
@@ -227,30 +250,3 @@ def _axes(source: OnnxFile | TorchProgram, target: Target) -> dict[str, dict[str
                 fix=f"{nearest(name, sorted(names))}inputs are {', '.join(map(str, source.inputs))}",
             )
     return {name: target.axes[name].model_dump() for name in sorted(names)}
-
-
-def _compile(source: OnnxFile | TorchProgram, graph: bytes, target: Target) -> tuple[dict[str, bytes], str, str]:
-    """Payload files, the precision built, and where it was read."""
-    if not isinstance(source, OnnxFile):
-        border = "" if target.precision == "fp32" else " between its float32 inputs and outputs"
-        where = f"the torch program, every tensor{border}"
-        return {PROGRAM_FILE: graph}, precision_of(source.float_types), where
-    types = float_types(parse_graph(source.path, graph))
-    check_precision(types, target, "the ONNX graph")
-    payload = {ONNX_FILE: graph, sidecar_path(Path(ONNX_FILE)).name: _sidecar_bytes(source)}
-    if not target.on_gpu:
-        from ._ort import OrtSession
-
-        OrtSession(graph, target.threads).close()  # refuses operators it does not have
-        return payload, precision_of(types), "the ONNX graph, every tensor"
-    from ._trt import compile_onnx
-
-    compiled = compile_onnx(graph, target, source.inputs)
-    check_precision(compiled.float_types, target, "the parsed network")
-    payload[PLAN_FILE] = compiled.plan
-    return payload, precision_of(compiled.float_types), "the parsed, strongly typed network, every layer output"
-
-
-def _sidecar_bytes(source: OnnxFile) -> bytes:
-    """The ONNX file's own facts travel with it, so that a rebuild elsewhere keeps parameters, MACs and parity."""
-    return (json.dumps(source.sidecar(), indent=2) + "\n").encode()

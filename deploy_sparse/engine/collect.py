@@ -12,6 +12,7 @@ from typing import Any
 
 from ..artifact import temporary_name, unfinished_name
 from ..errors import ConfigError
+from .single_flight import remove_idle_locks
 from .store import Entry, read_store, stamp_of
 
 DAY_S = 86400.0
@@ -78,6 +79,8 @@ def collect(
             kept.append(entry)
         else:
             verdicts.append(Verdict(entry, why, _in_the_way(entry) or (None if dry_run else _remove(entry))))
+    if not dry_run:
+        remove_idle_locks(store.folder)
     return Collection(tuple(verdicts), tuple(kept), store.others)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..artifact import read_artifact
 from ..config import config_from
 from ..errors import ArtifactError, ConfigError
-from .target import Target, list_targets, load_target
+from .target import Target, in_precision, load_target
 from .tensors import TensorSpec, spec_from_json
 
 if TYPE_CHECKING:
@@ -20,6 +22,9 @@ KIND = "engine"
 ONNX_FILE = "model.onnx"
 PLAN_FILE = "model.engine"
 PROGRAM_FILE = "model.pt2"
+OWN_FILES = frozenset({f"{KIND}.json", ONNX_FILE, f"{ONNX_FILE}.json", PLAN_FILE, PROGRAM_FILE})
+"""All files that an entry can have, but those of weights, whose names ``model.onnx`` knows."""
+ENTRY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*-[0-9a-f]{12}")
 REMAKE = "deploy-sparse build SUBJECT --target NAME"
 
 
@@ -28,8 +33,8 @@ class Engine:
     """A built engine. Values come from the verified manifest; opening it is :meth:`open`.
 
     Attributes:
-        folder: the entry: ``model.onnx``, ``model.engine`` (TensorRT flavours) and ``engine.json``; for torch
-            ``model.pt2`` and ``engine.json``.
+        folder: the entry: ``model.onnx`` (and files of its weights where it does not hold them itself),
+            ``model.engine`` (TensorRT flavours) and ``engine.json``; for torch ``model.pt2`` and ``engine.json``.
         manifest: content of ``engine.json``.
         target: what it was built for.
         cached: whether :func:`build_engine` found it instead of building it.
@@ -44,6 +49,11 @@ class Engine:
     def path(self) -> Path:
         """The file that runs: ``model.onnx`` in ONNX Runtime, ``model.engine`` in TensorRT, ``model.pt2`` in torch."""
         return self.folder / str(self.manifest["engine_file"])
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Names of the files beside ``model.onnx`` that hold weights of it; none for most."""
+        return tuple(self.manifest.get("weights", ()))
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -71,20 +81,39 @@ class Engine:
         Where its own target is not a shipped one, FILE stands for it in the command, and a note says what that is. A
         torch engine holds no ONNX file: SUBJECT stands for the network that it was built from.
         """
-        name, notes, subject = target or self.target.name, [], str(self.folder / ONNX_FILE)
-        if self.target.runtime == "torch":
+        notes, subject, lowered = [], str(self.folder / ONNX_FILE), self._lowered()
+        if self.target.from_module:
             subject = "SUBJECT"
             notes.append("SUBJECT: the ticket or compact network that it was built from")
-        if name == self.target.name and not self._is_shipped():
-            notes.append(f"FILE: a TOML file of target {name!r}, with the values that {KIND}.json has under 'target'")
-            name = "FILE"
+        name = target or self.target.name
+        if name == self.target.name and not self._is(name):
+            base = name.removesuffix(f"-{self.target.precision}")
+            if lowered and self._is(base, *lowered):
+                name = base
+            else:
+                notes.append(
+                    f"FILE: a TOML file of target {name!r}, with the values that {KIND}.json has under 'target'"
+                )
+                name, lowered = "FILE", None
+        elif name == self.target.name:
+            lowered = None
         words = ["deploy-sparse", "build", subject, "--target", name]
         words += ["--out", str(self.folder.parent), "--name", str(self.manifest["name"])]
+        if lowered is not None:  # the graph is: no other precision can be made of it
+            words += ["--precision", lowered[0], *(("--exclude", *lowered[1]) if lowered[1] else ())]
         return shlex.join(words) + (f" ({'; '.join(notes)})" if notes else "")
 
-    def _is_shipped(self) -> bool:
-        name = self.target.name
-        return name in list_targets() and load_target(name).digest == self.target.digest
+    def _lowered(self) -> tuple[str, tuple[str, ...]] | None:
+        """The precision of the engine's own ONNX file and the layers left out, where that is not fp32."""
+        if self.target.from_module or self.target.precision == "fp32":
+            return None
+        return self.target.precision, self.target.exclude
+
+    def _is(self, name: str, precision: str | None = None, exclude: tuple[str, ...] = ()) -> bool:
+        """Whether the engine's target is the shipped one of this name, in that precision."""
+        with contextlib.suppress(ConfigError):  # there may be none
+            return in_precision(load_target(name), precision, exclude).digest == self.target.digest
+        return False
 
     def runnable(self) -> str | None:
         """None when the engine can run on this machine, otherwise the reason why not."""
@@ -96,11 +125,11 @@ class Engine:
         wanted = f", it needs {found.expected}" if found.reason != "no NVIDIA GPU" else ""
         return f"compiled, not timed here: {found.reason}{wanted}"
 
-    def open(self, *, allow_host_code: bool = False) -> Runner:
+    def open(self, *, allow_host_code: bool = False, contexts: int = 1, cuda_graph: bool = False) -> Runner:
         """Verify the files and load the engine; see :func:`deploy_sparse.load_engine`."""
         from .runner import load_engine
 
-        return load_engine(self, allow_host_code=allow_host_code)
+        return load_engine(self, allow_host_code=allow_host_code, contexts=contexts, cuda_graph=cuda_graph)
 
 
 def open_entry(path: str | Path, *, hashes: bool = True) -> Engine:
@@ -116,7 +145,7 @@ def open_entry(path: str | Path, *, hashes: bool = True) -> Engine:
     manifest = {**found.body, "digest": found.digest, "files": found.files}
     try:
         engine = Engine(found.folder, manifest, config_from(Target, manifest["target"], source=str(found.folder)))
-        torch = engine.target.runtime == "torch"
+        torch = engine.target.from_module
         if manifest["engine_file"] not in ((PROGRAM_FILE,) if torch else (ONNX_FILE, PLAN_FILE)):
             raise KeyError("engine_file")
         if not {manifest["engine_file"], PROGRAM_FILE if torch else ONNX_FILE} <= {*found.files}:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_lowercase
@@ -14,15 +17,17 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..artifact import write_bytes, write_json
+from ..artifact import temporary_name, write_bytes, write_json, writing
 from ..errors import ArtifactError, DeploySparseError, ExportError
 from ..exporting import eval_mode, frozen, quiet
+from .external import move_out_
 from .lookups import lookups_last
 from .onnx_file import OnnxFile, describe_graph, parse_graph, sidecar_path
 from .parity import check_parity, tensors_of, with_batch
 
 OPSET = 20
-SIZE_LIMIT = 2_000_000_000  # bytes; protobuf ends at 2 GiB and the graph needs some room of its own
+SIZE_LIMIT = 2_000_000_000
+"""Bytes of weights that one file may hold: protobuf ends at 2 GiB and the graph needs some room of its own."""
 BATCH_AXIS = "batch"
 
 
@@ -35,7 +40,8 @@ def export_onnx(
 
     Axis 0 of every input becomes the dynamic batch axis. Inputs are called ``input`` (``input_0``, ``input_1``… when
     there are several), outputs ``output`` (``output_0``…). The module is left as it was. The same weights give the
-    same bytes; the file names no path of the exporting machine.
+    same bytes; the file names no path of the exporting machine. Weights above ``SIZE_LIMIT`` go into a second file
+    beside it, ``<name>.onnx.data``, which the first one names.
 
     Args:
         module: a module, or an object whose ``module`` attribute is one.
@@ -54,13 +60,12 @@ def export_onnx(
             fix="give for example 'model.onnx'",
         )
     inputs = checked_inputs(network, example_inputs)
-    _check_size(network)
     path = Path(path)
-    with eval_mode(network):
+    with eval_mode(network), _scratch(path, _size(network) > SIZE_LIMIT) as scratch:
         model = _graph_of(network, with_batch(inputs, max(2, inputs[0].shape[0])))
-        data = model.SerializeToString(deterministic=True)
-        parsed = _checked(path, data)
-        described = describe_graph(path, data, parsed)
+        data = _serialized(model, path, scratch)
+        parsed = _checked(scratch or path, data)
+        described = describe_graph(scratch or path, data, parsed)
         for spec in described.inputs:
             if not spec.batched:
                 raise ExportError(
@@ -69,14 +74,16 @@ def export_onnx(
                     fix="take the batch size from the input's shape, never as a constant",
                 )
         batches = tuple(dict.fromkeys((inputs[0].shape[0], 1, 3)))
-        parity = check_parity(network, data, inputs, described.inputs, batches)
+        folder = scratch.parent if scratch else None
+        parity = check_parity(network, data, inputs, described.inputs, batches, folder=folder)
         found = replace(
             described,
+            path=path,
             parameters=sum(p.numel() for p in network.parameters()),
             macs=macs_of(network, inputs),
             parity=parity,
         )
-    _write(found, data)
+        _write(found, data, scratch)
     return found
 
 
@@ -123,14 +130,36 @@ def checked_inputs(network: nn.Module, given: Any) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.to(devices[0]) if devices else tensor for tensor in inputs)
 
 
-def _check_size(network: nn.Module) -> None:
-    size = sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))
-    if size > SIZE_LIMIT:
-        raise ExportError(
-            f"the weights take {size / 1e9:.2f} GB",
-            expected=f"at most {SIZE_LIMIT / 1e9:.2f} GB, the limit of one ONNX file",
-            fix="export the network in parts",
-        )
+def _size(network: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *network.buffers()))
+
+
+@contextmanager
+def _scratch(path: Path, needed: bool) -> Iterator[Path | None]:
+    """The file's place in a temporary folder beside it, from which files get to their own by renaming alone."""
+    if not needed:
+        yield None
+        return
+    folder = temporary_name(path)
+    with writing(path):
+        folder.mkdir(parents=True)
+    try:
+        yield folder / path.name
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _serialized(model: onnx.ModelProto, path: Path, scratch: Path | None) -> bytes:
+    """The model's bytes; where it has a scratch file they are in that too, and its weights in one beside it."""
+    data: bytes
+    if scratch is None:
+        data = model.SerializeToString(deterministic=True)
+        return data
+    with writing(path):
+        move_out_(model, scratch.with_name(f"{path.name}.data"))
+        data = model.SerializeToString(deterministic=True)
+        scratch.write_bytes(data)
+    return data
 
 
 def _graph_of(network: nn.Module, inputs: tuple[torch.Tensor, ...]) -> onnx.ModelProto:
@@ -256,13 +285,17 @@ def _unexportable(network: nn.Module, problem: BaseException) -> ExportError:
     )
 
 
-def _write(found: OnnxFile, data: bytes) -> None:
+def _write(found: OnnxFile, data: bytes, scratch: Path | None) -> None:
     sidecar = sidecar_path(found.path)
     try:
         sidecar.unlink(missing_ok=True)  # a stale one would condemn the new file
+        if scratch is not None:
+            found.path.unlink(missing_ok=True)  # never beside weights that are not its own
+            for file in found.weights:
+                os.replace(scratch.with_name(file.name), found.path.with_name(file.name))
     except OSError as problem:
         raise ArtifactError(
-            f"{sidecar} cannot be replaced ({problem.strerror})",
+            f"{problem.filename or sidecar} cannot be replaced ({problem.strerror})",
             expected="a folder this user may write to",
             fix="choose another output path",
         ) from problem

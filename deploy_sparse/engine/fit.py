@@ -26,6 +26,10 @@ def obstacle(manifest: Mapping[str, Any]) -> Obstacle | None:
     runtime = manifest["runtime"]["name"]
     if runtime == "onnxruntime":
         return None
+    if runtime == "torch-tensorrt":
+        from . import _torch_trt
+
+        return _torch_trt.obstacle(manifest)
     from . import _trt
 
     if runtime != "torch":
@@ -45,6 +49,10 @@ def version_obstacle(manifest: Mapping[str, Any]) -> Obstacle | None:
         return None
     if runtime == "torch":
         return _older_torch(manifest)
+    if runtime == "torch-tensorrt":
+        from . import _torch_trt
+
+        return _torch_trt.version_obstacle(manifest)
     from . import _trt
 
     try:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import artifact
 from ..errors import ArtifactError
+from .external import (
+    MARK,
+    WeightFile,
+    all_tensors,
+    entries_of,
+    is_outside,
+    is_plain_name,
+    read_small_,
+    weight_files,
+    without_large,
+)
 from .tensors import TensorSpec, spec_from_json
 
 if TYPE_CHECKING:
@@ -47,6 +58,7 @@ class OnnxFile:
         parameters: of the module; for files from elsewhere the number of floating-point initializer entries.
         macs: multiply-accumulates of one sample, or None for files from elsewhere.
         parity: against the module, or None for files from elsewhere.
+        weights: files beside it that hold weights, where it does not hold all of them itself.
     """
 
     path: Path
@@ -57,6 +69,12 @@ class OnnxFile:
     parameters: int
     macs: int | None
     parity: Parity | None
+    weights: tuple[WeightFile, ...] = ()
+
+    @property
+    def identity(self) -> str:
+        """What tells this network from another one: ``sha256``, or a hash of that and those of ``weights``."""
+        return identity_of(self.sha256, self.weights)
 
     def read(self) -> bytes:
         """The file's bytes, checked against ``sha256``.
@@ -68,6 +86,14 @@ class OnnxFile:
         if artifact.sha256_bytes(data) != self.sha256:
             raise _damaged(self.path, f"its SHA-256 is not {self.sha256[:12]}…")
         return data
+
+    def read_weights(self) -> dict[str, memoryview]:
+        """Verified content of ``weights`` by file name, mapped into memory rather than read at once.
+
+        Raises:
+            ArtifactError: a file is gone or was altered since.
+        """
+        return {file.name: file.read(self.path) for file in self.weights}
 
     def sidecar(self) -> dict[str, Any]:
         """Everything but the path, as JSON with a digest of its own."""
@@ -81,8 +107,16 @@ class OnnxFile:
             "parameters": self.parameters,
             "macs": self.macs,
             "parity": parity_as_json(self.parity),
+            **({"weights": [asdict(file) for file in self.weights]} if self.weights else {}),
         }
         return {**body, "digest": artifact.digest_of(body)}
+
+
+def identity_of(sha256: str, weights: tuple[WeightFile, ...]) -> str:
+    """What tells an ONNX file with this hash and these files of weights from another one."""
+    if not weights:
+        return sha256
+    return artifact.digest_of({"onnx": sha256, "weights": {file.name: file.sha256 for file in weights}})
 
 
 def parity_as_json(parity: Parity | None) -> dict[str, Any] | None:
@@ -98,8 +132,11 @@ def sidecar_path(path: Path) -> Path:
 def read_onnx(path: str | Path) -> OnnxFile:
     """Read an ONNX file. With its sidecar it is verified against it; without one it goes through ONNX's checker.
 
+    Weights may be in other files of its folder ("external data"); those are verified too.
+
     Raises:
-        ArtifactError: missing, truncated, altered, not ONNX, weights in a second file, or weights that are NaN.
+        ArtifactError: missing, truncated, altered, not ONNX, weights that are NaN, or in a file that is missing,
+            truncated, or in another folder.
     """
     path = Path(path)
     data = _read_bytes(path)
@@ -111,10 +148,10 @@ def read_onnx(path: str | Path) -> OnnxFile:
 
 
 def parse_graph(path: Path, data: bytes) -> onnx.ModelProto:
-    """Parse and check the bytes of an ONNX file; ``path`` is for messages.
+    """Parse and check the bytes of the ONNX file at ``path``; large weights in other files are not read.
 
     Raises:
-        ArtifactError: not ONNX, invalid, or with weights in a second file.
+        ArtifactError: not ONNX, invalid, or with weights in files that are missing, truncated, or in another folder.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -123,14 +160,9 @@ def parse_graph(path: Path, data: bytes) -> onnx.ModelProto:
         model = onnx.load_model_from_string(data)
         if not model.graph.node and not model.graph.output:
             raise DecodeError("it holds no graph")
-        for tensor in (*model.graph.initializer, *_constants(model)):
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                raise ArtifactError(
-                    f"{path} keeps weight {tensor.name!r} in a second file",
-                    expected="an ONNX file that holds its weights itself",
-                    fix="save it as one file: onnx.save(onnx.load(path), new_path)",
-                )
-        onnx.checker.check_model(data, full_check=True)
+        read_small_(path, model)
+        twin = without_large(model)
+        onnx.checker.check_model(data if MARK not in data else twin.SerializeToString(), full_check=True)
     except (DecodeError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as problem:
         reason = str(problem).strip().splitlines()
         raise ArtifactError(
@@ -145,9 +177,8 @@ def describe_graph(path: Path, data: bytes, model: onnx.ModelProto) -> OnnxFile:
     """What the graph itself says: opset, inputs, outputs, parameters. ``macs`` and ``parity`` stay None.
 
     Raises:
-        ArtifactError: a weight with NaN in it.
+        ArtifactError: a weight with NaN in it, or in a file that cannot be read.
     """
-    import numpy as np
     import onnx
 
     weights = {tensor.name for tensor in model.graph.initializer}
@@ -156,7 +187,7 @@ def describe_graph(path: Path, data: bytes, model: onnx.ModelProto) -> OnnxFile:
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         if "float" in str(dtype):  # bfloat16 and float8 included
             parameters += math.prod(tensor.dims)
-            if np.isnan(onnx.numpy_helper.to_array(tensor)).any():
+            if _has_nan(path, tensor):
                 raise ArtifactError(
                     f"{path} has NaN in weight {tensor.name!r}",
                     expected="weights that are numbers",
@@ -171,6 +202,7 @@ def describe_graph(path: Path, data: bytes, model: onnx.ModelProto) -> OnnxFile:
         parameters=parameters,
         macs=None,
         parity=None,
+        weights=weight_files(path, data),
     )
 
 
@@ -179,17 +211,18 @@ def float_types(model: onnx.ModelProto) -> frozenset[str]:
     import onnx
 
     graph = onnx.shape_inference.infer_shapes(model).graph
-    codes = {tensor.data_type for tensor in (*graph.initializer, *_constants(model))}
+    codes = {tensor.data_type for tensor in all_tensors(model)}
     codes |= {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output, *graph.value_info)}
     names = {str(onnx.helper.tensor_dtype_to_np_dtype(code)) for code in codes if code}
     return frozenset(name for name in names if "float" in name)
 
 
-def _constants(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
+def _has_nan(path: Path, tensor: onnx.TensorProto) -> bool:
+    import numpy as np
+    import onnx
+
+    parts = entries_of(path, tensor) if is_outside(tensor) else iter([onnx.numpy_helper.to_array(tensor)])
+    return any(bool(np.isnan(part).any()) for part in parts)
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
@@ -213,7 +246,11 @@ def _from_sidecar(path: Path, data: bytes, beside: Path) -> OnnxFile:
     if artifact.sha256_bytes(data) != body.get("sha256"):
         raise _damaged(path, f"its SHA-256 is not the one in {beside.name}")
     try:
-        parity = body["parity"]
+        parity, weights = body["parity"], tuple(WeightFile(**entry) for entry in body.get("weights", ()))
+        for file in weights:
+            if not is_plain_name(file.name):
+                raise _damaged(beside, f"it names the file {file.name!r}, which is not in its folder")
+            file.check(path)
         return OnnxFile(
             path=path,
             sha256=body["sha256"],
@@ -223,6 +260,7 @@ def _from_sidecar(path: Path, data: bytes, beside: Path) -> OnnxFile:
             parameters=body["parameters"],
             macs=body["macs"],
             parity=None if parity is None else Parity(**{**parity, "batches": tuple(parity["batches"])}),
+            weights=weights,
         )
     except (KeyError, TypeError) as problem:
         raise _damaged(beside, f"{problem!r} while reading it") from None
@@ -236,6 +274,10 @@ def _read_bytes(path: Path) -> bytes:
     except OSError as problem:
         raise ArtifactError(
             f"{path} cannot be read ({problem.strerror})", expected="a readable ONNX file", fix="check the path"
+        ) from None
+    except MemoryError:
+        raise ArtifactError(
+            f"{path} does not fit into memory", expected="free memory of its size", fix="close other programs"
         ) from None
 
 

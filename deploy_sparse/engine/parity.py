@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,18 +48,21 @@ def check_parity(
     inputs: Sequence[torch.Tensor],
     specs: Sequence[TensorSpec],
     batches: Sequence[int],
+    *,
+    folder: Path | None = None,
 ) -> Parity:
     """Run module (in its present mode) and graph on the same rows at each batch size.
 
     Args:
         inputs: one tensor per graph input, batch on axis 0.
         specs: the graph's inputs, in the same order.
+        folder: where the files lie in which the graph keeps weights, for graphs that do.
 
     Raises:
         ExportError: NaN or infinite outputs, other shapes, or a difference above ``TOLERANCE``.
     """
     try:
-        session = OrtSession(graph)
+        session = OrtSession(graph, folder=folder)
     except BuildError as problem:
         raise ExportError(
             f"the graph cannot be compared with the module: {problem.given}",

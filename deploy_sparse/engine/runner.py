@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import numpy as np
 
@@ -13,19 +13,31 @@ from ..artifact import sha256_bytes
 from ..errors import ArtifactError, EngineError
 from .entry import ONNX_FILE, Engine, open_entry
 from .fit import obstacle
-from .tensors import Feeds, TensorSpec, check_feeds, sample_feeds
+from .pool import Gate
+from .tensors import Feeds, TensorSpec, check_feeds, check_outputs, placed_form, sample_feeds
+
+if TYPE_CHECKING:
+    from .device_arrays import DeviceView
 
 
 class Session(Protocol):
-    """What a runtime offers: run, prepare, close."""
+    """What a runtime offers, to any thread: run, into the arrays of ``out`` where it has them, prepare, close."""
 
-    def run(self, feeds: Feeds) -> dict[str, np.ndarray]: ...
+    def run(self, feeds: Feeds, out: Feeds) -> dict[str, np.ndarray]: ...
     def prepare(self, feeds: Feeds) -> Callable[[], None]: ...
     def close(self) -> None: ...
 
 
+class GpuSession(Session, Protocol):
+    """What a runtime on a GPU offers besides: runs on arrays that are there, ordered to the caller's stream."""
+
+    def run_on_gpu(
+        self, feeds: Mapping[str, DeviceView], out: Mapping[str, DeviceView], stream: int
+    ) -> dict[str, Any]: ...
+
+
 class Runner:
-    """A loaded engine. Use as a context manager, or call :meth:`close`.
+    """A loaded engine, for any number of threads. Use as a context manager, or call :meth:`close`.
 
     Attributes:
         inputs, outputs: names, types and shapes.
@@ -40,36 +52,80 @@ class Runner:
         self._ranges = {name: (extents["min"], extents["max"]) for name, extents in engine.axes.items()}
         self._extents = {name: extents["opt"] for name, extents in engine.axes.items()}
         self._folder = engine.folder
-        self._session: Session | None = session
+        self._on_gpu = engine.target.on_gpu
+        self._session = session
+        self._gate = Gate(self._closed)
 
-    def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        """Run once.
+    def run(self, feeds: Feeds, out: Feeds | None = None) -> dict[str, np.ndarray]:
+        """Run once, from NumPy arrays to NumPy arrays.
 
         Args:
-            feeds: one C-contiguous array per input, of exactly its type and shape.
+            feeds: one C-contiguous array per input, of exactly its type and shape. On the CPU they are read where they
+                are, on a GPU copied there.
+            out: arrays that take outputs, by name, where new ones are not wanted; ONNX Runtime computes right into
+                them.
 
         Returns:
-            One array per output.
+            One array per output; those of ``out`` themselves.
 
         Raises:
-            EngineError: feeds the engine does not accept, or a failed run.
+            EngineError: feeds or arrays the engine does not accept, or a failed run.
         """
-        session = self._open_session()
-        check_feeds(feeds, self.inputs, self._batch_range, self._ranges)
-        return session.run(feeds)
+        with self._gate:
+            check_feeds(feeds, self.inputs, self._batch_range, self._ranges)
+            if out:
+                forms = {spec.name: placed_form(spec.name, feeds[spec.name], spec) for spec in self.inputs}
+                check_outputs(out, self.outputs, forms, self.inputs)
+            return self._session.run(feeds, out or {})
+
+    def run_on_gpu(self, feeds: Mapping[str, Any], out: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Run once on arrays that are on the GPU, without copies; for engines on a GPU.
+
+        Where torch is imported the results are torch tensors, and the call is like one of torch's own: queued, and
+        ordered to the current stream. Otherwise they are :class:`deploy_sparse.engine.device_arrays.DeviceArray`, for
+        anything that reads ``__cuda_array_interface__``, and complete when the call returns.
+
+        Args:
+            feeds: one C-contiguous array per input: a torch CUDA tensor, or one with ``__cuda_array_interface__`` or
+                ``__dlpack__``.
+            out: arrays of these kinds that take outputs, by name, where new ones are not wanted.
+
+        Returns:
+            One array per output; those of ``out`` themselves.
+
+        Raises:
+            EngineError: an engine that runs on the CPU, arrays it does not accept, or a failed run.
+        """
+        with self._gate:
+            if not self._on_gpu:
+                raise EngineError(
+                    f"{self._folder} runs on the CPU",
+                    expected="an engine of a target for a GPU",
+                    fix="call run, which takes NumPy arrays",
+                )
+            from .device_arrays import callers_stream, device_views
+
+            stream = callers_stream()
+            views = device_views(feeds, stream)
+            check_feeds(views, self.inputs, self._batch_range, self._ranges, form=_form_of_view)
+            outputs = device_views(out or {}, stream)
+            forms = {name: view.form for name, view in views.items()}
+            check_outputs(outputs, self.outputs, forms, self.inputs, form=_form_of_view)
+            return cast(GpuSession, self._session).run_on_gpu(views, outputs, stream)
 
     def prepare(self, feeds: Feeds) -> Callable[[], None]:
         """A zero-argument closure that runs the engine once on ``feeds``, for timing; checks are done here, not in it.
 
         On the CPU input and output buffers are bound beforehand. On a GPU inputs are already there, and the closure
-        returns when the result is: no transfers are in it.
+        returns when the result is: no transfers are in it. That of a TensorRT engine has a method ``gpu_ms()``: one run
+        by the GPU's own clock.
 
         Raises:
             EngineError: feeds the engine does not accept.
         """
-        session = self._open_session()
-        check_feeds(feeds, self.inputs, self._batch_range, self._ranges)
-        return session.prepare(feeds)
+        with self._gate:
+            check_feeds(feeds, self.inputs, self._batch_range, self._ranges)
+            return self._session.prepare(feeds)
 
     def sample_inputs(self, batch: int | None = None, seed: int = 0) -> dict[str, np.ndarray]:
         """Seeded inputs of one batch size (the engine's smallest by default); equal seeds give equal inputs.
@@ -84,10 +140,13 @@ class Runner:
         return feeds
 
     def close(self) -> None:
-        """Release the engine; closing twice is fine."""
-        if self._session is not None:
+        """Wait for running calls and release the engine; later calls are refused, closing twice is fine.
+
+        Raises:
+            EngineError: called from inside a run of the same thread.
+        """
+        if self._gate.close():
             self._session.close()
-            self._session = None
 
     def __enter__(self) -> Self:
         return self
@@ -97,28 +156,34 @@ class Runner:
     ) -> None:
         self.close()
 
-    def _open_session(self) -> Session:
-        if self._session is None:
-            raise EngineError(
-                f"the runner of {self._folder} is closed",
-                expected="an open runner",
-                fix="load the engine again, or run it inside the with block",
-            )
-        return self._session
+    def _closed(self) -> EngineError:
+        return EngineError(
+            f"the runner of {self._folder} is closed",
+            expected="an open runner",
+            fix="load the engine again, or run it inside the with block",
+        )
 
 
-def load_engine(path: str | Path | Engine, *, allow_host_code: bool = False) -> Runner:
+def load_engine(
+    path: str | Path | Engine, *, allow_host_code: bool = False, contexts: int = 1, cuda_graph: bool = False
+) -> Runner:
     """Verify an engine entry and open it.
 
     Args:
         path: the entry's folder, a file in it, or an :class:`Engine`.
         allow_host_code: let TensorRT run the host code in an engine, which only engines of a target with
             ``version_compatible`` hold. That is a program on this machine's CPU: say yes to engines that you trust.
+        contexts: how many calls run at a time on an engine of TensorRT; each context takes GPU memory for activations.
+            ONNX Runtime runs any number of calls at a time, torch one after another.
+        cuda_graph: replay runs as CUDA graphs, which saves the launches of their kernels; for engines on a GPU. With
+            TensorRT those from NumPy arrays and prepared ones, one graph for each set of shapes; with torch prepared
+            ones, as the target's key of this name does.
 
     Raises:
         ArtifactError: missing, truncated or altered; nothing of it was run.
         EngineError: no path or engine; or built for another machine or by another TensorRT, and the message holds the
-            rebuild command.
+            rebuild command; or no GPU memory for it.
+        MissingDependencyError: no library that manages GPU memory.
     """
     if not isinstance(path, str | Path | Engine):
         raise EngineError(
@@ -126,17 +191,32 @@ def load_engine(path: str | Path | Engine, *, allow_host_code: bool = False) -> 
             expected="the folder of an engine, or what build_engine returned",
             fix="build one first: deploy_sparse.build_engine(…)",
         )
+    if not isinstance(contexts, int) or contexts < 1:
+        raise EngineError(f"contexts is {contexts!r}", expected="a number from 1", fix="leave it out for one")
     engine = open_entry(path.folder if isinstance(path, Engine) else path)
+    if cuda_graph and not engine.target.on_gpu:
+        raise EngineError(
+            f"cuda_graph was asked for, and {engine.folder} runs on the CPU",
+            expected="an engine of a target for a GPU",
+            fix="leave cuda_graph out",
+        )
     if engine.target.runtime == "torch":
-        return Runner(engine, _torch_session(engine))
+        return Runner(engine, _torch_session(engine, cuda_graph))
+    if engine.target.runtime == "torch-tensorrt":
+        return Runner(engine, _torch_trt_session(engine, cuda_graph))
     if engine.target.on_gpu:
-        return Runner(engine, _gpu_session(engine, allow_host_code))
+        return Runner(engine, _gpu_session(engine, allow_host_code, contexts, cuda_graph))
     from ._ort import OrtSession
 
-    return Runner(engine, OrtSession(_engine_bytes(engine), engine.target.threads))
+    folder = engine.folder if engine.weights else None
+    return Runner(engine, OrtSession(_engine_bytes(engine), engine.target.threads, folder=folder))
 
 
-def _gpu_session(engine: Engine, allow_host_code: bool) -> Session:
+def _form_of_view(_: str, view: DeviceView, __: TensorSpec) -> Any:
+    return view.form
+
+
+def _gpu_session(engine: Engine, allow_host_code: bool, contexts: int, cuda_graph: bool) -> Session:
     found = obstacle(engine.manifest)
     if found is not None:
         where = ", ".join(engine.manifest["compute_capabilities"]) or "the portable set of GPUs"
@@ -161,10 +241,29 @@ def _gpu_session(engine: Engine, allow_host_code: bool) -> Session:
         engine.build_command(),
         allow_host_code=allow_host_code and engine.target.version_compatible,
         weights=weights,
+        contexts=contexts,
+        cuda_graph=cuda_graph,
+        graph_path=engine.folder / ONNX_FILE if engine.weights else None,
     )
 
 
-def _torch_session(engine: Engine) -> Session:
+def _torch_trt_session(engine: Engine, cuda_graph: bool) -> Session:
+    if (found := obstacle(engine.manifest)) is not None:
+        runtime = engine.manifest["runtime"]
+        raise EngineError(
+            f"{engine.folder} was compiled by {runtime['name']} {runtime['version']}; here: {found.reason}",
+            expected=found.expected,
+            fix=f"{found.fix}: {engine.build_command(found.target)}" if found.target else found.fix,
+        )
+    from ._torch_trt_session import TorchTrtSession
+
+    names = [spec.name for spec in engine.inputs], [spec.name for spec in engine.outputs]
+    target = engine.target.model_copy(update={"cuda_graph": True}) if cuda_graph else engine.target
+    where, rebuild = str(engine.path), engine.build_command()
+    return TorchTrtSession(_engine_bytes(engine), target, *names, where=where, rebuild=rebuild)
+
+
+def _torch_session(engine: Engine, cuda_graph: bool) -> Session:
     if (found := obstacle(engine.manifest)) is not None:
         kind = "for a GPU" if found.reason == "no NVIDIA GPU" else f"by torch {engine.manifest['runtime']['version']}"
         raise EngineError(
@@ -176,7 +275,8 @@ def _torch_session(engine: Engine) -> Session:
 
     names = [spec.name for spec in engine.inputs], [spec.name for spec in engine.outputs]
     data = _engine_bytes(engine)
-    return TorchSession(data, engine.target, *names, where=str(engine.path), rebuild=engine.build_command())
+    target = engine.target.model_copy(update={"cuda_graph": True}) if cuda_graph else engine.target
+    return TorchSession(data, target, *names, where=str(engine.path), rebuild=engine.build_command())
 
 
 def _engine_bytes(engine: Engine) -> bytes:

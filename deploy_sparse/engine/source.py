@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..artifact import kind_of
+from ..artifact import kind_of, sha256_file
 from ..errors import ArtifactError, BuildError
-from .entry import ONNX_FILE, Engine
-from .onnx_file import OnnxFile, read_onnx
+from .entry import ONNX_FILE, OWN_FILES, Engine
+from .onnx_file import OnnxFile, read_onnx, sidecar_path
 
 _EXPECTED = "an nn.Module (or an object with one in .module), the path of an ONNX file, or an OnnxFile"
 
@@ -31,6 +32,52 @@ def onnx_of(subject: Any, example_inputs: Any, scratch: Path) -> OnnxFile:
     return export_onnx(module, inputs, scratch)
 
 
+def identity_of_file(subject: Any) -> str | None:
+    """The identity of an ONNX subject by hashing its bytes alone, which is much faster than reading the graph.
+
+    That is enough to find an engine that was built from the very same file. None for other subjects, and for files
+    that cannot be read. Of a path this is the hash of its bytes; where those name other files with weights it is no
+    engine's identity, and only :func:`onnx_of` finds the right one.
+
+    Raises:
+        ArtifactError: an ``OnnxFile`` whose file was altered since.
+    """
+    if isinstance(subject, OnnxFile):
+        subject.read()
+        for file in subject.weights:
+            file.check(subject.path)
+        return subject.identity
+    if not isinstance(subject, str | Path):
+        return None
+    try:
+        return sha256_file(Path(subject))
+    except (OSError, ValueError):
+        return None  # reading it in earnest says why
+
+
+def payload_of(source: OnnxFile, graph: bytes) -> dict[str, bytes | memoryview]:
+    """What an entry holds of an ONNX file: the file, what is known of it, and its weights where they are in others.
+
+    Args:
+        graph: the file's verified bytes.
+
+    Raises:
+        BuildError: a file of weights has a name that the entry needs. ArtifactError: one was altered since it was read.
+    """
+    for file in source.weights:
+        if file.name in OWN_FILES:
+            raise BuildError(
+                f"{source.path} keeps weights in a file called {file.name}",
+                expected="a name that no file of an engine has",
+                fix="save it anew: onnx.save(onnx.load(path), new_path, save_as_external_data=True, "
+                "location='weights.bin')",
+            )
+    # the file's own facts travel with it, so that a rebuild elsewhere keeps parameters, MACs and parity; they come
+    # before the weights, so that a half-written entry tells which files are its own
+    facts = (json.dumps(source.sidecar(), indent=2) + "\n").encode()
+    return {ONNX_FILE: graph, sidecar_path(Path(ONNX_FILE)).name: facts, **source.read_weights()}
+
+
 def module_of(subject: Any, example_inputs: Any) -> tuple[Any, Any]:
     """The subject, which is a module or has one, and example inputs for it.
 
@@ -48,7 +95,7 @@ def module_of(subject: Any, example_inputs: Any) -> tuple[Any, Any]:
         )
     if isinstance(subject, Engine):
         made = subject.folder / ONNX_FILE
-        fix = f"pass its {made}" if subject.target.runtime != "torch" else "pass the network that it was built from"
+        fix = f"pass its {made}" if not subject.target.from_module else "pass the network that it was built from"
         raise BuildError(f"an engine was given, {subject.folder}", expected=_EXPECTED, fix=fix)
     from torch import nn
 

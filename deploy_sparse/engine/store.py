@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shlex
 import time
 from dataclasses import dataclass
@@ -13,15 +12,14 @@ from typing import Any, Literal
 
 from ..artifact import FORMAT_VERSION, digest_of, read_artifact, read_json, unfinished_name
 from ..errors import ArtifactError
-from .entry import KIND, ONNX_FILE, PLAN_FILE, PROGRAM_FILE, REMAKE, Engine, open_entry
+from .entry import ENTRY_NAME, KIND, ONNX_FILE, OWN_FILES, REMAKE, Engine, open_entry
 from .fit import gpus, obstacle, version_obstacle
+from .single_flight import is_lock
 
 State = Literal["good", "incompatible", "damaged", "unfinished", "unreadable"]
 QUIET_S = 3600.0
 """An unfinished entry to which nothing was written for this long is abandoned; writing takes seconds."""
 SIDECAR = f"{KIND}.json"
-_FILES = frozenset({SIDECAR, ONNX_FILE, f"{ONNX_FILE}.json", PLAN_FILE, PROGRAM_FILE})
-_ENTRY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -110,6 +108,8 @@ def read_store(folder: str | Path, *, hashes: bool = True) -> Store:
         ) from None
     entries, others = [], []
     for path in candidates:
+        if is_lock(path):
+            continue
         if not _is_entry(path):
             others.append(path.name)
             continue
@@ -126,10 +126,10 @@ def _is_entry(path: Path) -> bool:
     if path.is_symlink() or not path.is_dir():
         return False
     temporary_for = unfinished_name(path.name)
-    ours = _ENTRY_NAME.fullmatch(temporary_for or path.name) is not None
+    ours = ENTRY_NAME.fullmatch(temporary_for or path.name) is not None
     with contextlib.suppress(OSError, ArtifactError):
         inside = {file.name for file in path.iterdir()}
-        if ours and (inside & _FILES or (temporary_for and not inside)):
+        if ours and (inside & OWN_FILES or (temporary_for and not inside)):
             return True  # an empty folder may be anybody's, unless its name is a temporary one of ours
         sidecar = read_json(path / SIDECAR) if SIDECAR in inside else None
         return isinstance(sidecar, dict) and sidecar.get("kind") == KIND and "digest" in sidecar
@@ -156,10 +156,19 @@ def _look(folder: Path, hashes: bool) -> Entry:
         return Entry(folder, "unreadable", None, False, "this user may not read it", allow, 0, _age(stamp), (), stamp)
     files = {path.name: path.lstat().st_size for path in folder.iterdir()}
     state, engine, why, fix = _judge(folder, hashes)
-    known = _FILES | ({*engine.manifest["files"]} if engine else set())
+    known = OWN_FILES | ({*engine.manifest["files"]} if engine else _weights_of(folder))
     strangers = tuple(sorted(name for name in files if name not in known or not _is_plain(folder / name)))
     here = state == "good" and why is None
     return Entry(folder, state, engine, here, why, fix, sum(files.values()), _age(stamp), strangers, stamp)
+
+
+def _weights_of(folder: Path) -> set[str]:
+    """Names of files with weights, by what describes the ONNX file; for entries without a sound manifest."""
+    with contextlib.suppress(ArtifactError, ValueError, TypeError, KeyError):
+        sidecar = read_json(folder / f"{ONNX_FILE}.json")
+        if digest_of({key: value for key, value in sidecar.items() if key != "digest"}) == sidecar["digest"]:
+            return {file["name"] for file in sidecar.get("weights", ())}
+    return set()
 
 
 def _judge(folder: Path, hashes: bool) -> tuple[State, Engine | None, str | None, str | None]:

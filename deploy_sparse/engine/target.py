@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -13,37 +13,42 @@ from ..config import Config, config_from, read_toml
 from ..errors import ConfigError, nearest
 
 ComputeCapability = Literal["SM75", "SM80", "SM86", "SM87", "SM89", "SM90", "SM100", "SM103", "SM110", "SM120", "SM121"]
-Runtime = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "torch"]
+Runtime = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "torch", "torch-tensorrt"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 _RTX_TAKES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
+_WITHOUT_FP8 = ("SM75", "SM80", "SM86", "SM87")
+_WITHOUT_BF16 = ("SM75",)
 _TRT: frozenset[Runtime] = frozenset({"tensorrt"})
-_TRT_AND_RTX: frozenset[Runtime] = frozenset({"tensorrt", "tensorrt-rtx"})
+_FULL: frozenset[Runtime] = frozenset({"tensorrt", "torch-tensorrt"})
+_COMPILED: frozenset[Runtime] = frozenset({"tensorrt", "tensorrt-rtx", "torch-tensorrt"})
 _TORCH: frozenset[Runtime] = frozenset({"torch"})
 
 RUNTIMES_OF: Mapping[str, frozenset[Runtime]] = {
     "precision": frozenset(get_args(Runtime)),
+    "exclude": frozenset({"onnxruntime", "tensorrt", "tensorrt-rtx"}),
     "axes": frozenset({"onnxruntime", "tensorrt", "tensorrt-rtx"}),
     "threads": frozenset({"onnxruntime", "torch"}),
     "device": _TORCH,
     "cuda_graph": _TORCH,
     "block_kernel": _TORCH,
-    "tf32": frozenset({"tensorrt", "tensorrt-rtx", "torch"}),
-    "compute_capabilities": _TRT_AND_RTX,
-    "builder_level": _TRT_AND_RTX,
-    "workspace_mib": _TRT_AND_RTX,
-    "aux_streams": _TRT_AND_RTX,
-    "sparse_weights": _TRT_AND_RTX,
-    "timing_cache": _TRT,
-    "version_compatible": _TRT,
-    "hardware_compatibility": _TRT,
-    "refit": _TRT,
+    "tf32": _COMPILED | _TORCH,
+    "compute_capabilities": _COMPILED,
+    "builder_level": _COMPILED,
+    "workspace_mib": _COMPILED,
+    "aux_streams": _COMPILED,
+    "sparse_weights": _COMPILED,
+    "timing_cache": _FULL,
+    "version_compatible": _FULL,
+    "hardware_compatibility": _FULL,
+    "refit": _FULL,
     "strip": _TRT,
 }
 """The runtimes that take a key; keys that are not here go with all of them."""
 
 _OF_TORCH = frozenset({"device", "cuda_graph", "block_kernel"})  # left out of the digests of other runtimes
 _LATER = frozenset({  # left out of a digest while they have their defaults: engines from before they existed stay
-    "axes", "aux_streams", "sparse_weights", "timing_cache", "version_compatible", "hardware_compatibility", "refit",
-    "strip",
+    "axes", "exclude", "aux_streams", "sparse_weights", "timing_cache", "version_compatible", "hardware_compatibility",
+    "refit", "strip",
 })  # fmt: skip
 
 
@@ -80,8 +85,11 @@ class Target(Config):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="a plain name, part of folder names")
     runtime: Runtime = Field(description="what compiles and runs the engine")
-    precision: Literal["fp32", "fp16", "bf16"] = Field(
-        default="fp32", description="number format of weights and activations; others than fp32 with torch only"
+    precision: Precision = Field(
+        default="fp32", description="number format of weights and activations; int8 and fp8 need calibration data"
+    )
+    exclude: tuple[str, ...] = Field(
+        (), description="layers that stay in fp32 in a lower precision: nodes of the graph or modules, with * and ?"
     )
     tf32: bool = Field(
         default=False, description="let the GPU round fp32 products to TF32; off, so that fp32 means fp32"
@@ -137,7 +145,8 @@ class Target(Config):
     def _options_fit_runtime(self) -> Self:
         for key in sorted(RUNTIMES_OF.keys() - {"precision", "tf32"} - self._defaults()):
             if self.runtime not in RUNTIMES_OF[key]:
-                runtimes = " or ".join(sorted(RUNTIMES_OF[key]))
+                *others, last = sorted(RUNTIMES_OF[key])
+                runtimes = f"{', '.join(others)} or {last}" if others else last
                 raise ValueError(f"{key} only with runtime {runtimes}, not {self.runtime}")
         if self.runtime == "tensorrt-rtx" and (other := sorted({*self.compute_capabilities} - {*_RTX_TAKES})):
             raise ValueError(f"one of {', '.join(_RTX_TAKES)}: tensorrt-rtx does not compile for {', '.join(other)}")
@@ -145,13 +154,26 @@ class Target(Config):
             raise ValueError("every compute capability once")
         if self.strip and self.refit == "none":
             raise ValueError("strip with refit = 'identical' or 'any': its weights must come from somewhere")
-        torch = self.runtime == "torch"
+        torch = self.from_module
         if self.tf32 and not self.on_gpu:
             raise ValueError("tf32 only with a TensorRT runtime, or with torch on cuda")
-        if self.precision != "fp32" and not torch:
-            raise ValueError(f"precision {self.precision!r} only with runtime torch, {self.runtime} builds 'fp32'")
-        if self.tf32 and self.precision != "fp32":
+        if torch and self.precision in ("int8", "fp8"):
+            raise ValueError(
+                f"precision {self.precision!r} not with runtime {self.runtime}, which takes fp32, fp16 and bf16"
+            )
+        if self.runtime == "onnxruntime" and self.precision == "fp8":
+            raise ValueError(
+                "precision 'fp8' only with a TensorRT runtime: ONNX Runtime has no kernels for it on the CPU"
+            )
+        if self.tf32 and self.precision in ("fp16", "bf16"):
             raise ValueError(f"tf32 is a way to compute fp32, not {self.precision}")
+        without = {"fp8": _WITHOUT_FP8, "bf16": _WITHOUT_BF16}.get(self.precision, ())
+        if older := [name for name in self.compute_capabilities if name in without]:
+            raise ValueError(f"precision {self.precision!r} only on later GPUs than {', '.join(older)}")
+        if self.exclude and self.precision == "fp32":
+            raise ValueError("exclude only with a precision below fp32: everything is in fp32 already")
+        if not all(self.exclude) or len(set(self.exclude)) != len(self.exclude):
+            raise ValueError("exclude has every pattern once, and none that is empty")
         if self.cuda_graph and self.device == "cpu":
             raise ValueError("cuda_graph only with device cuda")
         return self
@@ -166,6 +188,11 @@ class Target(Config):
         """SHA-256 of everything that shapes an engine: all fields but the description and those of other runtimes."""
         others = (set() if self.runtime == "torch" else _OF_TORCH) | (_LATER & self._defaults())
         return digest_of(self.model_dump(mode="json", exclude={"description", *others}))
+
+    @property
+    def from_module(self) -> bool:
+        """Whether engines of this target are programs made from a module, and hold no ONNX graph."""
+        return self.runtime in ("torch", "torch-tensorrt")
 
     @property
     def on_gpu(self) -> bool:
@@ -203,6 +230,38 @@ class _TargetFile(Target):
     """What a TOML file may hold: a target, and where it starts from."""
 
     inherits: str | None = None
+
+
+def in_precision(target: Target, precision: str | None, exclude: Sequence[str] = ()) -> Target:
+    """The target in another precision, called ``<name>-<precision>``; itself where nothing changes.
+
+    Args:
+        precision: None for the target's own.
+        exclude: patterns, besides the target's own.
+
+    Raises:
+        ConfigError: a precision that there is not, or that does not go with the target.
+    """
+    wanted = target.precision if precision is None else precision
+    own = () if wanted == "fp32" else target.exclude
+    patterns = [*own, *(pattern for pattern in exclude if pattern not in own)]
+    if wanted == target.precision and patterns == [*target.exclude]:
+        return target
+    name = target.name if wanted == target.precision else f"{target.name}-{wanted}"
+    change = {"name": name, "precision": wanted, "exclude": patterns}
+    return config_from(Target, target.model_dump(mode="json"), change, source=f"target {target.name}")
+
+
+def in_runtime(target: Target, runtime: str | None) -> Target:
+    """The target with another runtime, called ``<name>-<runtime>``; itself where nothing changes.
+
+    Raises:
+        ConfigError: a runtime that there is not, or that does not take a key of the target.
+    """
+    if runtime is None or runtime == target.runtime:
+        return target
+    change = {"name": f"{target.name}-{runtime}", "runtime": runtime}
+    return config_from(Target, target.model_dump(mode="json"), change, source=f"target {target.name}")
 
 
 def _target_file(name_or_path: str | Path, beside: Path | None = None) -> Path:

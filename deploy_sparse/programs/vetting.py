@@ -34,6 +34,7 @@ _ON_SIZES = re.compile(
     r"_operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|eq|ne|lt|le|gt|ge|and_|or_|not_|getitem)|"
     r"torch\.sym_(float|int|ite|max|min|not|sqrt|sum)|math\.(ceil|floor|trunc)"
 )
+_PARTS = {"torch.ops.deploy_sparse.tensorrt_part.default"}  # computes nothing; stands for an engine in the file
 _FILE_ACCESS = {"torch.ops.aten.from_file.default", "torch.ops.aten.from_file.out"}
 _SIZE = re.compile(r"[\w\s+\-*/%(),<>=&|~]*", re.ASCII)
 _SYMBOL = re.compile(r"Symbol\('([a-z]+\d+)'(?:, (?:positive|integer|nonnegative)=True)*\)")
@@ -137,7 +138,7 @@ def _vet_version(text: str) -> None:
 
 
 def _vet_operator(text: str) -> None:
-    if text in _SCOPES or _ON_SIZES.fullmatch(text):
+    if text in _SCOPES or text in _PARTS or _ON_SIZES.fullmatch(text):
         return
     if _OPERATOR.fullmatch(text) and text not in _FILE_ACCESS:
         _, _, namespace, operator, overload = text.split(".")

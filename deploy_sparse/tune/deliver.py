@@ -104,7 +104,7 @@ class _Subject:
 
     def engine(self, target: Target, out: Path) -> Engine:
         """Built from the graph, or from the network where PyTorch runs it."""
-        if target.runtime == "torch":
+        if target.from_module:
             return build_engine(self.network, target, self.inputs, out, name=self.name)
         return build_engine(self.onnx, target, out=out, name=self.name)
 

@@ -100,7 +100,7 @@ class LayerBench:
         self, files: Mapping[tuple[str, str], OnnxFile], name: str, key: str, form: LayerForm
     ) -> tuple[OnnxFile | nn.Module, Target, torch.Tensor | None]:
         """What an engine is built from: the layer itself where PyTorch runs it, else its file."""
-        if self.target.runtime != "torch":
+        if not self.target.from_module:
             return files[name, key], self.target, None
         module = form.dense if name == "dense" else form.packed
         return module, self.target, torch.randn(2, *form.input_shape).to(form.dtype)
@@ -110,7 +110,7 @@ class LayerBench:
     ) -> tuple[dict[tuple[str, str], OnnxFile], dict[str, str]]:
         """ONNX files by kind and key, and why a layer has none: where they fail together each is tried alone."""
         self.poll()
-        if self.target.runtime == "torch":
+        if self.target.from_module:
             return {}, {}
         try:
             return _exported(forms, scratch), {}

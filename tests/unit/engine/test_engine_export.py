@@ -12,7 +12,6 @@ import torch
 from engine_samples import TinyNet, make_tiny
 from torch import nn
 
-from deploy_sparse.engine import export as module
 from deploy_sparse.engine._ort import OrtSession
 from deploy_sparse.engine.export import OPSET, export_onnx
 from deploy_sparse.engine.onnx_file import OnnxFile, read_onnx, sidecar_path
@@ -174,12 +173,6 @@ def test_integer_inputs_are_right_for_an_embedding(tmp_path: Path) -> None:
 def test_double_precision_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"Conv(.|\n)*module\.float\(\)"):
         export_onnx(make_tiny().double(), torch.randn(2, 1, 8, 8).double(), tmp_path / "x.onnx")
-
-
-def test_too_large_for_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SIZE_LIMIT", 1000)
-    with pytest.raises(ExportError, match="the weights take"):
-        export_onnx(make_tiny(), torch.randn(2, 1, 8, 8), tmp_path / "x.onnx")
 
 
 def test_export_replaces_file_and_sidecar(tmp_path: Path) -> None:

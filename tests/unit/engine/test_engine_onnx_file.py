@@ -90,7 +90,7 @@ def test_sidecar_of_something_else(copy: Path) -> None:
         read_onnx(copy)
 
 
-def test_second_file_is_refused(tmp_path: Path) -> None:
+def test_weights_in_another_folder_are_refused(tmp_path: Path) -> None:
     weight = numpy_helper.from_array(np.ones((4,), np.float32), "w")
     path = write_graph(
         tmp_path / "x.onnx", [helper.make_node("Add", ["input", "w"], ["output"])], initializers=(weight,)
@@ -101,7 +101,7 @@ def test_second_file_is_refused(tmp_path: Path) -> None:
     tensor.data_location = TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="../../secret")
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(ArtifactError, match="keeps weight 'w' in a second file"):
+    with pytest.raises(ArtifactError, match=r"keeps weight 'w' in '\.\./\.\./secret'"):
         read_onnx(path)
 
 

@@ -10,7 +10,7 @@ import pytest
 from deploy_sparse.artifact import digest_of
 from deploy_sparse.config import config_from
 from deploy_sparse.engine import target as module
-from deploy_sparse.engine.target import Target, list_targets, load_target, targets_folder
+from deploy_sparse.engine.target import Target, in_precision, list_targets, load_target, targets_folder
 from deploy_sparse.errors import ConfigError
 
 SHIPPED = (
@@ -77,6 +77,28 @@ def test_keys_that_came_later_leave_digests_alone_until_they_are_set() -> None:
     digests |= {target_of(runtime="tensorrt", refit="any", strip=True).digest, plain.digest}
     assert len(digests) == len(CHANGES) + 2
     assert not set(CHANGES) & set(FIRST_KEYS)
+
+
+def test_precision_and_exclude_are_part_of_the_digest() -> None:
+    plain = load_target("rtx-sm89")
+    digests = {in_precision(plain, precision).digest for precision in ("fp32", "fp16", "bf16", "int8", "fp8")}
+    digests |= {in_precision(plain, "fp16", ["head"]).digest, in_precision(plain, "fp16", ["head", "stem"]).digest}
+    assert len(digests) == 7
+    assert target_of(runtime="tensorrt", precision="int8", tf32=True).tf32  # what stays fp32 may
+
+
+def test_another_precision_has_another_name() -> None:
+    plain = load_target("rtx-sm89")
+    assert in_precision(plain, None) is in_precision(plain, "fp32") is plain
+    half = in_precision(plain, "fp16", ("head",))
+    assert (half.name, half.precision, half.exclude) == ("rtx-sm89-fp16", "fp16", ("head",))
+    assert half.compute_capabilities == plain.compute_capabilities
+    assert in_precision(half, None, ("stem", "head")).exclude == ("head", "stem")
+    assert in_precision(half, "fp32").exclude == ()
+    with pytest.raises(ConfigError, match=r"int4"):
+        in_precision(plain, "int4")
+    with pytest.raises(ConfigError, match="exclude only with a precision below fp32"):
+        in_precision(plain, None, ("head",))
 
 
 def test_options_of_torch() -> None:
@@ -186,17 +208,23 @@ def test_no_name_and_no_path(given: object) -> None:
         ({"batch": {"min": 4, "opt": 2}}, "min <= opt <= max"),
         ({"batch": {"opt": 65}}, "min <= opt <= max"),
         ({"batch": {"min": 0}}, "greater than or equal to 1"),
-        ({"runtime": "tensort"}, "'onnxruntime', 'tensorrt', 'tensorrt-rtx' or 'torch'"),
+        ({"runtime": "tensort"}, "'onnxruntime', 'tensorrt', 'tensorrt-rtx', 'torch' or 'torch-tensorrt'"),
         (
             {"runtime": "tensorrt-rtx", "compute_capabilities": ["SM90"]},
             "SM75, SM80, SM86, SM89, SM120, SM121: tensorrt-rtx does not compile for SM90",
         ),
         ({"runtime": "tensorrt-rtx", "compute_capabilities": ["SM80", "SM80"]}, "every compute capability once"),
         ({"runtime": "tensorrt-rtx", "compute_capabilities": ["SM9"]}, "'SM87', 'SM89', 'SM90'"),
-        ({"compute_capabilities": ["SM80"]}, "only with runtime tensorrt or tensorrt-rtx, not onnxruntime"),
-        ({"builder_level": 5}, "builder_level only with runtime tensorrt or tensorrt-rtx"),
+        (
+            {"compute_capabilities": ["SM80"]},
+            "only with runtime tensorrt, tensorrt-rtx or torch-tensorrt, not onnxruntime",
+        ),
+        ({"builder_level": 5}, "builder_level only with runtime tensorrt, tensorrt-rtx or torch-tensorrt"),
         ({"runtime": "tensorrt", "threads": 4}, "threads only with runtime onnxruntime or torch, not tensorrt"),
-        ({"runtime": "tensorrt-rtx", "refit": "any"}, "refit only with runtime tensorrt, not tensorrt-rtx"),
+        (
+            {"runtime": "tensorrt-rtx", "refit": "any"},
+            "refit only with runtime tensorrt or torch-tensorrt, not tensorrt-rtx",
+        ),
         ({"runtime": "tensorrt-rtx", "timing_cache": False}, "timing_cache only with runtime tensorrt"),
         ({"runtime": "tensorrt-rtx", "version_compatible": True}, "version_compatible only with runtime tensorrt"),
         ({"axes": {"height": {"min": 4, "opt": 2, "max": 8}}}, "min <= opt <= max"),
@@ -204,15 +232,24 @@ def test_no_name_and_no_path(given: object) -> None:
         ({"axes": {"height": {"min": 4, "opt": 4, "maxx": 8}}}, "axes.height.max"),
         (
             {"runtime": "torch", "axes": CHANGES["axes"]},
-            "axes only with runtime onnxruntime or tensorrt or tensorrt-rtx",
+            "axes only with runtime onnxruntime, tensorrt or tensorrt-rtx",
         ),
         ({"runtime": "tensorrt", "strip": True}, "strip with refit = 'identical' or 'any'"),
         ({"runtime": "tensorrt", "hardware_compatibility": "any"}, "'none', 'same-capability' or 'ampere-plus'"),
         ({"runtime": "tensorrt", "sparse_weight": True}, "did you mean 'sparse_weights'"),
         ({"runtime": "tensorrt", "aux_streams": -1}, "greater than or equal to 0"),
         ({"tf32": True}, "tf32 only with a TensorRT runtime"),
-        ({"precision": "fp16"}, "precision 'fp16' only with runtime torch, onnxruntime builds 'fp32'"),
-        ({"precision": "int4"}, "'fp32', 'fp16' or 'bf16'"),
+        ({"runtime": "torch", "precision": "int8"}, "precision 'int8' not with runtime torch, which takes fp32, fp16"),
+        ({"precision": "int4"}, "'fp32', 'fp16', 'bf16', 'int8' or 'fp8'"),
+        (
+            {"runtime": "tensorrt-rtx", "precision": "fp8", "compute_capabilities": ["SM86", "SM89"]},
+            "precision 'fp8' only on later GPUs than SM86",
+        ),
+        ({"exclude": ["head"]}, "exclude only with a precision below fp32"),
+        ({"precision": "fp16", "exclude": ["head", "head"]}, "exclude has every pattern once"),
+        ({"precision": "fp16", "exclude": [""]}, "none that is empty"),
+        ({"runtime": "torch", "precision": "fp16", "exclude": ["head"]}, "exclude only with runtime onnxruntime, tensorrt or tensorrt-rtx"),
+        ({"runtime": "tensorrt", "tf32": True, "precision": "fp16"}, "tf32 is a way to compute fp32, not fp16"),
         ({"runtime": "torch", "tf32": True}, "tf32 only with a TensorRT runtime, or with torch on cuda"),
         ({"runtime": "torch", "device": "cuda", "tf32": True, "precision": "bf16"}, "tf32 is a way to compute fp32"),
         ({"runtime": "torch", "cuda_graph": True}, "cuda_graph only with device cuda"),

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy_sparse.engine.tensors import TensorSpec, check_feeds, sample_feeds, spec_from_json
-from deploy_sparse.errors import EngineError
+from deploy_sparse.engine.tensors import (
+    TensorSpec,
+    check_feeds,
+    check_outputs,
+    numpy_dtype,
+    placed_form,
+    sample_feeds,
+    spec_from_json,
+)
+from deploy_sparse.errors import EngineError, MissingDependencyError
 
 X = TensorSpec("input", "float32", ("batch", 3, 4))
 IDS = TensorSpec("tokens", "int64", ("batch", 7))
@@ -84,3 +94,50 @@ def test_missing_input_and_no_dictionary() -> None:
 def test_batch_outside_the_range(batch: int) -> None:
     with pytest.raises(EngineError, match="expected: a batch of 2 to 5"):
         check_feeds(good(batch), (X, IDS), RANGE)
+
+
+# Arrays that take results
+
+Y = TensorSpec("scores", "float32", ("batch", 2))
+OTHER = TensorSpec("other", "float32", ("rows", 2))
+
+
+def check(out: dict[str, np.ndarray], outputs: tuple[TensorSpec, ...] = (Y, OTHER)) -> None:
+    feeds = good(3)
+    forms = {spec.name: placed_form(spec.name, feeds[spec.name], spec) for spec in (X, IDS)}
+    check_outputs(out, outputs, forms, (X, IDS))
+
+
+def test_axes_of_outputs_take_the_extents_of_inputs_by_name() -> None:
+    check({"scores": np.zeros((3, 2), np.float32), "other": np.zeros((99, 2), np.float32)})
+    with pytest.raises(EngineError, match=r"goes into an array float32 \[4, 2\](.|\n)*expected: float32 \[3, 2\]"):
+        check({"scores": np.zeros((4, 2), np.float32)})
+    with pytest.raises(EngineError, match=r"expected: float32 \[rows, 2\]"):
+        check({"other": np.zeros((9, 3), np.float32)})
+
+
+def test_outputs_share_no_memory() -> None:
+    memory = np.zeros((6, 2), np.float32)
+    check({"scores": memory[:3], "other": memory[3:]})
+    with pytest.raises(EngineError, match="'other' goes into memory of output 'scores'"):
+        check({"scores": memory[:3], "other": memory[2:5]})
+
+
+def test_swapped_bytes_are_another_type() -> None:
+    with pytest.raises(EngineError, match=r"has dtype >f4(.|\n)*expected: float32"):
+        check_feeds({**good(), "input": np.zeros((2, 3, 4), ">f4")}, (X, IDS), RANGE)
+
+
+def test_bfloat16_needs_ml_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = TensorSpec("x", "bfloat16", ("batch", 3))
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    assert numpy_dtype("bfloat16") == ml_dtypes.bfloat16
+    feeds = sample_feeds((spec,), 2)
+    assert feeds["x"].dtype == ml_dtypes.bfloat16
+    assert np.abs(feeds["x"].astype(np.float32)).max() > 0.1
+    assert check_feeds(feeds, (spec,), RANGE) == 2
+    with pytest.raises(EngineError, match="expected: bfloat16"):
+        check_feeds({"x": np.zeros((2, 3), np.float32)}, (spec,), RANGE)
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(MissingDependencyError, match=r"NumPy alone has no bfloat16(.|\n)*pip install ml-dtypes"):
+        sample_feeds((spec,), 2)

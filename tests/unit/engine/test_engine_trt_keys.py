@@ -356,7 +356,7 @@ def test_the_session_allows_host_code_and_fills_in_weights_only_when_told(rtx, m
     for options, host_code in (({}, False), ({"allow_host_code": True}, True)):
         with pytest.raises(EngineError, match="weights could not be filled in"):
             _trt_session.TrtSession(b"plan", "tensorrt", "deploy-sparse build …", weights=b"graph", **options)
-        assert seen == [host_code, ("engine", b"graph", "logger")]
+        assert seen == [host_code, ("engine", b"graph", "logger", None)]
         seen.clear()
 
 

@@ -6,6 +6,7 @@ import io
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch.export.pt2_archive import PT2ArchiveReader, PT2ArchiveWriter
 from deploy_sparse.artifact import read_artifact, write_artifact
 from deploy_sparse.cli.main import main
 from deploy_sparse.engine import build as module
+from deploy_sparse.engine._torch_session import TorchSession
 from deploy_sparse.engine.build import build_engine
 from deploy_sparse.engine.entry import Engine, open_entry
 from deploy_sparse.engine.onnx_file import OnnxFile
@@ -40,6 +42,25 @@ def built_torch(tiny: TinyNet, examples: torch.Tensor, tmp_path_factory: pytest.
 @pytest.fixture(scope="module")
 def runner(built_torch: Engine) -> Runner:
     return load_engine(built_torch)
+
+
+def test_calls_of_threads_run_one_after_another(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, running, most = runner._session._forward, [], []
+
+    def counted(inputs):
+        running.append(1)
+        most.append(len(running))
+        try:
+            time.sleep(0.001)
+            return forward(inputs)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(runner._session, "_forward", counted)
+    feeds = runner.sample_inputs(2)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: runner.run(feeds), range(12)))
+    assert (len(most), max(most)) == (12, 1)
 
 
 @pytest.fixture
@@ -65,43 +86,11 @@ def test_entry_and_manifest(built_torch: Engine, exported: OnnxFile) -> None:
     assert not built_torch.cached
 
 
-def test_runs_like_the_module_at_any_batch(runner: Runner, tiny: TinyNet) -> None:
-    tiny.eval()
-    for batch in (1, 3, 256):
-        feeds = runner.sample_inputs(batch, seed=batch)
-        with torch.no_grad():
-            expected = tiny(torch.from_numpy(feeds["input"])).numpy()
-        outputs = runner.run(feeds)
-        assert list(outputs) == ["output"]
-        np.testing.assert_allclose(outputs["output"], expected, atol=1e-5)
-        runner.prepare(feeds)()
-
-
-def test_same_input_same_output_from_threads(runner: Runner) -> None:
-    feeds = [runner.sample_inputs(batch, seed) for batch, seed in ((1, 0), (2, 1), (5, 2))] * 5
-    alone = [runner.run(feed)["output"] for feed in feeds]
-    with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda feed: runner.run(feed)["output"], feeds))
-    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
-
-
 def test_same_key_is_built_once(built_torch: Engine, examples: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_compile", lambda *_: pytest.fail("built again"))
     again = build_engine(make_tiny(), "torch-cpu", examples, built_torch.folder.parent, name="tiny")
     assert again.cached
     assert again.manifest == built_torch.manifest
-
-
-def test_bad_feeds_reach_no_runtime(runner: Runner) -> None:
-    x = np.zeros((1, 1, 8, 8), np.float32)
-    with pytest.raises(EngineError, match=r"unknown input 'imput'"):
-        runner.run({"imput": x})
-    with pytest.raises(EngineError, match=r"\.astype\(np\.float32\)"):
-        runner.prepare({"input": x.astype(np.float64)})
-    with pytest.raises(EngineError, match="has 9 at axis 3"):
-        runner.run({"input": np.zeros((1, 1, 8, 9), np.float32)})
-    with pytest.raises(EngineError, match="batch 257 is outside"):
-        runner.run({"input": np.zeros((257, 1, 8, 8), np.float32)})
 
 
 @pytest.mark.parametrize("name", ["model.pt2", "engine.json"])
@@ -308,18 +297,19 @@ def test_gpu_engines_are_built_but_not_opened_without_a_gpu(
         load_engine(engine)
 
 
+def test_a_pytorch_that_finds_no_gpu_is_told_from_a_machine_without_one(
+    built_torch: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    target = load_target("torch-cuda")
+    with pytest.raises(EngineError, match=r"PyTorch .* finds no GPU here(.|\n)*PyTorch with CUDA(.|\n)*nvidia-smi"):
+        TorchSession(built_torch.path.read_bytes(), target, ["input"], ["output"], where="here", rebuild="again")
+
+
 def test_rebuild_command_says_what_subject_stands_for(built_torch: Engine) -> None:
     command = built_torch.build_command()
     assert command.startswith(f"deploy-sparse build SUBJECT --target torch-cpu --out {built_torch.folder.parent}")
     assert command.endswith("(SUBJECT: the ticket or compact network that it was built from)")
-
-
-def test_closed_runner(built_torch: Engine) -> None:
-    runner = load_engine(built_torch)
-    runner.close()
-    runner.close()
-    with pytest.raises(EngineError, match="is closed"):
-        runner.run({})
 
 
 def test_profile_in_python_and_in_the_shell(built_torch: Engine, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,3 +114,23 @@ def test_profile_on_the_gpu(tmp_path: Path) -> None:
     engine = build_engine(make_blocks(), "torch-cuda", EXAMPLES, tmp_path)
     found = profile({"dense": engine, "same": engine}, duration_s=0.05, warmup_ms=0)
     assert [record.status for record in found.records] == ["timed", "timed"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_tensors_on_the_gpu(precision: str, tmp_path: Path) -> None:
+    network = make_blocks()
+    options = {**options_of(precision), "block_kernel": "never"}
+    with build_engine(network, target_of(device="cuda", **options), EXAMPLES, tmp_path).open() as runner:
+        feeds = runner.sample_inputs(5)
+        expected = runner.run(feeds)["output"]
+        images = torch.from_numpy(feeds["input"]).cuda()
+        atol = ERRORS[precision] * np.abs(expected).max()
+        stream = torch.cuda.Stream()
+        for given in (None, {"output": torch.empty(5, 7, device="cuda")}):
+            with torch.cuda.stream(stream):
+                late = torch.zeros_like(images)
+                torch.cuda._sleep(50_000_000)
+                late.copy_(images)
+                found = runner.run_on_gpu({"input": late}, given)["output"]
+                assert given is None or found is given["output"]
+                np.testing.assert_allclose(found.cpu().numpy(), expected, atol=atol)

@@ -1,0 +1,202 @@
+"""What differs between runtimes in building an engine: what it is made from, what compiles it, into which files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..errors import BuildError
+from .entry import ONNX_FILE, PLAN_FILE, PROGRAM_FILE
+from .float_formats import advised, check_graph, check_network, precision_of
+from .onnx_file import OnnxFile, float_types, parity_as_json, parse_graph
+from .precision.building import is_lowering
+from .source import module_of, onnx_of, payload_of
+from .target import Target
+from .watch import Watch
+
+if TYPE_CHECKING:
+    from ._torch_build import TorchProgram
+    from ._torch_trt_build import TorchTrtSource
+
+    Source = OnnxFile | TorchProgram | TorchTrtSource
+
+
+@dataclass(frozen=True)
+class Maker:
+    """What compiles: the runtime's version, and the GPU when the result is tied to it."""
+
+    version: str
+    gpu: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Built:
+    """A compiled engine.
+
+    Attributes:
+        payload: its files.
+        precision: what it computes in.
+        read_from: where that was read.
+        facts: what else the manifest says of it.
+    """
+
+    payload: dict[str, bytes | memoryview]
+    precision: str
+    read_from: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """One way to build engines."""
+
+    def require(self, target: Target) -> None:
+        """Check that this machine can build for the target; MissingDependencyError or BuildError where it cannot."""
+
+    def maker(self, target: Target) -> Maker:
+        """What compiles here."""
+
+    def source(self, subject: Any, example_inputs: Any, target: Target, scratch: Path) -> tuple[Source, bytes]:
+        """What the engine is made from, and its bytes; files may be written to ``scratch``."""
+
+    def compile(self, source: Source, data: bytes, target: Target, watch: Watch) -> Built:
+        """The engine, checked to be of the target's precision; BuildError where it is not, or does not compile."""
+
+
+def backend_of(target: Target) -> Backend:
+    """The way engines of this target are built."""
+    return _BACKENDS[target.runtime]
+
+
+class _FromOnnx:
+    """What builds from an ONNX graph have in common."""
+
+    def source(self, subject: Any, example_inputs: Any, target: Target, scratch: Path) -> tuple[Source, bytes]:
+        found = onnx_of(subject, example_inputs, scratch / ONNX_FILE)
+        return found, found.read()
+
+    def compile(self, source: Source, data: bytes, target: Target, watch: Watch) -> Built:
+        assert isinstance(source, OnnxFile)
+        model = parse_graph(source.path, data)
+        types = float_types(model)
+        check_graph(model, types, target)
+        try:
+            return self._compiled(source, data, types, target, watch)
+        except BuildError as problem:
+            raise advised(problem, target) from problem
+
+    def _compiled(self, source: OnnxFile, data: bytes, types: frozenset[str], target: Target, watch: Watch) -> Built:
+        raise NotImplementedError
+
+
+class _OnnxRuntime(_FromOnnx):
+    def require(self, target: Target) -> None:
+        """Nothing: it is a dependency of this package."""
+
+    def maker(self, target: Target) -> Maker:
+        from . import _ort
+
+        return Maker(_ort.VERSION)
+
+    def _compiled(self, source: OnnxFile, data: bytes, types: frozenset[str], target: Target, watch: Watch) -> Built:
+        from ._ort import OrtSession
+
+        folder = source.path.parent if source.weights else None
+        OrtSession(data, target.threads, folder=folder).close()  # refuses operators it does not have
+        if is_lowering(target):
+            return Built(payload_of(source, data), target.precision, _LAYERS)
+        return Built(payload_of(source, data), precision_of(types), "the ONNX graph, every tensor")
+
+
+class _TensorRT(_FromOnnx):
+    def require(self, target: Target) -> None:
+        from ._trt import builder_library
+
+        builder_library(target)
+
+    def maker(self, target: Target) -> Maker:
+        from . import _trt
+
+        version = str(_trt.library(target.runtime).__version__)
+        return Maker(version, _this_gpu() if target.runtime == "tensorrt" else None)  # RTX compiles for no one GPU
+
+    def _compiled(self, source: OnnxFile, data: bytes, types: frozenset[str], target: Target, watch: Watch) -> Built:
+        from ._trt import compile_onnx
+
+        path = source.path if source.weights else None
+        compiled = compile_onnx(data, target, source.inputs, watch=watch, path=path)
+        check_network(compiled.float_types, types, target)
+        payload = {**payload_of(source, data), PLAN_FILE: compiled.plan}
+        network = "the parsed, strongly typed network, every layer output"
+        if is_lowering(target):
+            return Built(payload, target.precision, f"{_LAYERS}; floating-point types: {network}")
+        return Built(payload, precision_of(compiled.float_types), network)
+
+
+class _Torch:
+    def require(self, target: Target) -> None:
+        """Nothing: a program is exported on the CPU."""
+
+    def maker(self, target: Target) -> Maker:
+        from ._torch_build import VERSION
+
+        return Maker(VERSION)
+
+    def source(self, subject: Any, example_inputs: Any, target: Target, scratch: Path) -> tuple[Source, bytes]:
+        module, inputs = module_of(subject, example_inputs)
+        from ._torch_build import torch_program
+
+        program = torch_program(module, inputs, target)
+        return program, program.data
+
+    def compile(self, source: Source, data: bytes, target: Target, watch: Watch) -> Built:
+        from ._torch_build import TorchProgram
+
+        assert isinstance(source, TorchProgram)
+        border = "" if target.precision == "fp32" else " between its float32 inputs and outputs"
+        return Built({PROGRAM_FILE: data}, precision_of(source.float_types), f"the torch program, every tensor{border}")
+
+
+class _TorchTensorRT:
+    def require(self, target: Target) -> None:
+        from . import _torch_trt
+
+        _torch_trt.builder_library(target)
+
+    def maker(self, target: Target) -> Maker:
+        from . import _torch_trt
+
+        return Maker(_torch_trt.version(), _this_gpu())
+
+    def source(self, subject: Any, example_inputs: Any, target: Target, scratch: Path) -> tuple[Source, bytes]:
+        module, inputs = module_of(subject, example_inputs)
+        from ._torch_trt_build import torch_trt_source
+
+        traced = torch_trt_source(module, inputs, target)
+        return traced, traced.data
+
+    def compile(self, source: Source, data: bytes, target: Target, watch: Watch) -> Built:
+        from ._torch_trt_build import READ_FROM, TorchTrtSource, compile_program
+
+        assert isinstance(source, TorchTrtSource)
+        made = compile_program(source, target, watch=watch)
+        facts = {"parity": parity_as_json(made.parity), "partition": made.partition}
+        return Built({PROGRAM_FILE: made.data}, made.precision, READ_FROM, facts)
+
+
+def _this_gpu() -> dict[str, str] | None:
+    from . import _trt
+
+    gpu = _trt.local_gpu()
+    return {"name": gpu.name, "capability": gpu.capability} if gpu else None
+
+
+_LAYERS = "the ONNX graph, every convolution and matrix product"
+_BACKENDS: Mapping[str, Backend] = {
+    "onnxruntime": _OnnxRuntime(),
+    "tensorrt": _TensorRT(),
+    "tensorrt-rtx": _TensorRT(),
+    "torch": _Torch(),
+    "torch-tensorrt": _TorchTensorRT(),
+}
