@@ -90,18 +90,12 @@ def _goals(board: Board) -> Iterator[tuple[Cell, ...]]:
         errors,
     )
     for kind in KINDS:
-        pairs = [
-            (board.part(model, kind)["cpu_s"], board.peer(model)["cpu_s"])
-            for model in board.models
-            if board.exact(model, kind) and board.peer(model)
-        ]
-        ours, theirs = (median(column) if pairs else 0.0 for column in (list(zip(*pairs, strict=True)) or [(), ()]))
-        yield _goal(
-            f"median CPU seconds below Torch-Pruning's, {kind} masks",
-            f"{ours:.2f} against {theirs:.2f}, on the {len(pairs)} networks that both get through",
-            ours < theirs,
-            pairs,
-        )
+        both = [(board.part(m, kind), board.peer(m)) for m in board.models if board.exact(m, kind) and board.peer(m)]
+        yield _faster([(own["cpu_s"], peer["cpu_s"]) for own, peer in both], f"{kind} masks")
+        runs = [(own.get("cpu_runs"), peer.get("cpu_runs")) for own, peer in both]
+        firsts = [(own[0], peer[0]) for own, peer in runs if own and peer]
+        if firsts:
+            yield _faster(firsts, f"{kind} masks, first of {board.runs} runs")
     for kind in KINDS:
         seconds = board.numbers(kind, "cpu_s", "torchvision")
         yield _goal(
@@ -149,6 +143,17 @@ def _goals(board: Board) -> Iterator[tuple[Cell, ...]]:
             compiled == len(able),
             able,
         )
+
+
+def _faster(pairs: Sequence[tuple[float, float]], which: str) -> tuple[Cell, ...]:
+    ours, theirs = (median(column) if pairs else 0.0 for column in (list(zip(*pairs, strict=True)) or [(), ()]))
+    return _goal(
+        f"median CPU seconds below Torch-Pruning's, {which}",
+        f"{ours:.2f} against {theirs:.2f}, on the {len(pairs)} networks that both get through"
+        f" ({sum(own for own, _ in pairs):.0f} against {sum(peer for _, peer in pairs):.0f} s in all)",
+        ours < theirs,
+        pairs,
+    )
 
 
 def _goal(goal: str, found: str, met: bool, measured: Any) -> tuple[Cell, ...]:

@@ -165,7 +165,7 @@ def test_the_pages_numbers_are_the_records():
 
 
 RESULTS = sorted((ROOT / "benchmarks/records").rglob("results.jsonl"))
-SCRIPTS = {"densities": "densities", "tickets-resnet_synthetic": "tickets", "mask-cost": "mask_cost", "regroup-quality": "regroup_quality", "chase-quality-resnet_synthetic": "chase_quality", "chase-quality-30-epochs": "chase_quality", "dst-cost": "dst_cost", "surgery": "surgery", "packed": "packed", "shortcuts": "shortcuts", "block-kernel": "block_kernel"}  # fmt: skip
+SCRIPTS = {"densities": "densities", "tickets-resnet_synthetic": "tickets", "mask-cost": "mask_cost", "regroup-quality": "regroup_quality", "chase-quality-resnet_synthetic": "chase_quality", "chase-quality-30-epochs": "chase_quality", "dst-cost": "dst_cost", "surgery": "surgery", "packed": "packed", "shortcuts": "shortcuts", "block-kernel": "block_kernel", "engines": "engines"}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: str(p.parent.relative_to(ROOT)))

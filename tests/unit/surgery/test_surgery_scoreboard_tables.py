@@ -153,3 +153,20 @@ def test_the_peers_result_is_compared_with_the_channels_it_removed(peer, subject
 def test_the_classifier_is_a_linear_layer_or_a_convolution(peer):
     model = nn.Sequential(nn.Conv2d(3, 10, 1), nn.Linear(10, 4), nn.Conv2d(10, 4, 1))
     assert peer.classifiers(model, 4) == [model[1], model[2]]
+
+
+def test_first_runs_are_told_beside_the_median(table):
+    """A machine may serve the first run slowly: both are shown, and the note says how many runs were made."""
+    first = peer_row("torchvision/a", generic={**attempt(0.5), "cpu_runs": [2.5, 0.5, 0.4]})
+    rows = [
+        {"kind": "conditions", "runs": 3},
+        surgery_row("torchvision/a", "silent", cpu_s=1.0, cpu_runs=[2.0, 1.0, 0.9]),
+        first,
+    ]
+    median, fresh = (
+        row[1:] for row in table.goals(table.Board(rows)).rows if row[0].startswith("median") and "silent" in row[0]
+    )
+    assert median == ("1.00 against 0.50, on the 1 networks that both get through (1 against 0 s in all)", "no")
+    assert fresh == ("2.00 against 2.50, on the 1 networks that both get through (2 against 2 s in all)", "yes")
+    assert "median of 3 runs" in table.families(table.Board(rows)).note
+    assert "median of" not in table.families(table.Board(rows[1:])).note
