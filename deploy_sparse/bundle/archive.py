@@ -24,6 +24,7 @@ from .placing import PIECE, Content
 
 MOST_MEMBERS = 1000
 _TIME = (1980, 1, 1, 0, 0, 0)  # the first that the format knows
+_END_MARK, _END_SIZE = b"PK\5\6", 22  # what closes a zip file that has no comment
 _FAILURES = (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError, struct.error,
              OverflowError, zlib.error)  # fmt: skip
 
@@ -113,6 +114,8 @@ def open_archive(path: Path) -> Iterator[Archive]:
     """
     with contextlib.ExitStack() as stack:
         try:
+            if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+                raise refusal(path, "it is no plain file")
             stream = stack.enter_context(open(path, "rb"))
         except OSError as problem:
             what = "is a folder" if path.is_dir() else "does not exist" if not path.exists() else problem.strerror
@@ -131,6 +134,7 @@ def checked_archive(path: Path, stream: BinaryIO) -> Iterator[Archive]:
         raise refusal(path, f"it is no whole zip file ({_reason(problem)})") from None
     with archive:
         _check_members(path, archive.infolist(), size)
+        _check_ends(path, archive, stream, size)
         yield Archive(path, {entry.filename: entry.file_size for entry in archive.infolist()}, archive)
 
 
@@ -166,6 +170,14 @@ def _check_members(path: Path, entries: list[zipfile.ZipInfo], size: int) -> Non
         raise refusal(path, f"it has the member {twice[0]!r} twice")
     if (claimed := sum(entry.file_size for entry in entries)) > size:
         raise refusal(path, f"its members claim {claimed} bytes, but the file has {size}")
+
+
+def _check_ends(path: Path, archive: zipfile.ZipFile, stream: BinaryIO, size: int) -> None:
+    """A zip file may hold anything before its first member and behind its table; a bundle holds nothing there."""
+    stream.seek(max(size - _END_SIZE, 0))
+    ends = stream.read(4) == _END_MARK and not archive.comment
+    if not ends or min((entry.header_offset for entry in archive.infolist()), default=0):
+        raise refusal(path, f"it has other bytes {'before its members' if ends else 'behind its table of members'}")
 
 
 def _reason(problem: BaseException) -> str:

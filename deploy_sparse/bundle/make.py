@@ -91,7 +91,7 @@ def bundle_engine(
     model = name or str(found.manifest["name"])
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", model):
         raise ConfigError(
-            f"model name {name!r}",
+            f"model name {model!r}",
             expected="up to 64 letters, digits, dots, dashes and underscores, not starting with a dot",
             fix="choose a plain name, for example resnet18",
         )

@@ -16,9 +16,9 @@ from ..engine.build import build_engine
 from ..engine.entry import KIND as ENGINE
 from ..engine.entry import ONNX_FILE, Engine
 from ..engine.runner import load_engine
-from ..engine.target import Target, load_target
+from ..engine.target import Target, in_precision, load_target
 from ..engine.tensors import TensorSpec, spec_from_json
-from ..errors import ArtifactError, ConfigError, DeploySparseError, EngineError
+from ..errors import ArtifactError, ConfigError, EngineError
 from .archive import Archive, open_archive, refusal
 from .graph import run_graph
 from .sample import Sample, difference, read_sample, resized, tolerance_of
@@ -110,7 +110,8 @@ class Bundle:
 
         Args:
             out: folder for engines.
-            target: what to build for; by default the bundle's own target.
+            target: what to build for; by default the bundle's own target. A bundle in a lower precision keeps that,
+                as no other can be made of its graph.
             name: first part of the engine's folder name; by default the bundle's.
             calibration: real inputs, for a target in a lower precision than the bundle's graph; as for
                 :func:`deploy_sparse.build_engine`.
@@ -121,21 +122,28 @@ class Bundle:
             MissingDependencyError, BuildError: as for :func:`deploy_sparse.build_engine`.
             EngineError: the outputs are others; the engine that was built is removed.
         """
-        wanted = self.target if target is None else load_target(target)
+        wanted = self.target if target is None else self._in_own_precision(load_target(target))
         with tempfile.TemporaryDirectory(prefix="deploy-sparse-") as scratch:
             folder, sample = self._unpack(Path(scratch))
             _check_axes(wanted, self._specs("inputs"), sample)
             engine = build_engine(folder / ONNX_FILE, wanted, out=out, name=name or self.name, calibration=calibration)
             try:
+                self._check_tensors(engine)
                 why = engine.runnable()
                 if engine.target.version_compatible:
                     why = "it holds host code, which only load_engine(path, allow_host_code=True) runs"
                 proof = self._prove_graph(folder, sample, why) if why else self._prove_engine(engine, sample)
-            except DeploySparseError:
+            except BaseException:
                 if not engine.cached:
                     shutil.rmtree(engine.folder, ignore_errors=True)
                 raise
         return Rebuilt(engine, proof)
+
+    def _in_own_precision(self, target: Target) -> Target:
+        own = self.target
+        if own.precision == "fp32" or target.precision != "fp32" or target.from_module:
+            return target
+        return in_precision(target, own.precision, own.exclude)
 
     def _unpack(self, folder: Path) -> tuple[Path, Sample]:
         """Copy everything to an empty folder; the hashes are those of the bytes that are written."""
@@ -149,6 +157,14 @@ class Bundle:
 
     def _specs(self, kind: str) -> tuple[TensorSpec, ...]:
         return tuple(spec_from_json(entry) for entry in self.manifest[kind])
+
+    def _check_tensors(self, engine: Engine) -> None:
+        """The graph has the inputs and outputs that the sample is of."""
+        for kind, found in (("inputs", engine.inputs), ("outputs", engine.outputs)):
+            if [(spec.name, len(spec.shape)) for spec in found] != [
+                (spec.name, len(spec.shape)) for spec in self._specs(kind)
+            ]:
+                raise refusal(self.path, f"its graph has other {kind} than it says")
 
     def _prove_graph(self, folder: Path, sample: Sample, why: str | None) -> Proof:
         outputs = run_graph(folder / ONNX_FILE, sample.inputs)
@@ -196,14 +212,14 @@ def open_bundle(path: str | Path) -> Bundle:
             manifest = body[ENGINE]
             bundle = Bundle(
                 path=path,
-                name=str(body["name"]),
+                name=body["name"],
                 digest=str(body["digest"]),
                 manifest=manifest,
                 target=config_from(Target, manifest["target"], source=TARGET_FILE),
                 files=body["files"],
                 tolerance=float(body["tolerance"]),
             )
-            _ = (bundle._specs("inputs"), bundle._specs("outputs"), manifest["runtime"]["name"])
+            _check_facts(bundle)
         except (KeyError, TypeError, ValueError, AttributeError) as problem:
             raise refusal(path, f"its {SIDECAR} lacks something ({problem!r})") from None
         except ConfigError as problem:
@@ -240,6 +256,18 @@ def _check_names(archive: Archive, files: Mapping[str, Any]) -> None:
             raise refusal(archive.where, f"it has no {name}")
 
 
+def _check_facts(bundle: Bundle) -> None:
+    """TypeError, KeyError or ValueError where something is not as a bundle has it."""
+    extents = [extent for kind in ("inputs", "outputs") for spec in bundle._specs(kind) for extent in spec.shape]
+    if not all(isinstance(extent, int | str) for extent in extents):
+        raise TypeError("a shape of other things than extents and names")
+    if not bundle._specs("outputs"):
+        raise ValueError("no outputs, so that there is nothing to prove")
+    if not 0 <= bundle.tolerance < 1:
+        raise ValueError(f"tolerance {bundle.tolerance}")
+    _ = ("".join([bundle.name]), " ".join(bundle.manifest["runtime"].values()), bundle.manifest["runtime"]["name"])
+
+
 def _check_axes(target: Target, inputs: Sequence[TensorSpec], sample: Sample) -> None:
     for spec in inputs:
         for axis, name in spec.axes.items():
@@ -254,4 +282,5 @@ def _check_axes(target: Target, inputs: Sequence[TensorSpec], sample: Sample) ->
 
 
 def _rows(sample: Sample, inputs: Sequence[TensorSpec]) -> int:
-    return next((sample.inputs[spec.name].shape[0] for spec in inputs if spec.shape), 1)
+    batched = [spec for spec in inputs if spec.batched] or [spec for spec in inputs if spec.shape]
+    return sample.inputs[batched[0].name].shape[0] if batched else 1

@@ -109,7 +109,9 @@ def read_sample(path: Path, data: bytes, inputs: Sequence[TensorSpec], outputs: 
                 array = _array(members[member])
                 if array.dtype != np.dtype(spec.dtype) or array.ndim != len(spec.shape):
                     raise ValueError(f"{array.dtype} {array.shape} for {spec}")
-            except (KeyError, ValueError, TypeError, SyntaxError, EOFError) as problem:
+                if (spec.batched and not len(array)) or (kind == "output" and not np.isfinite(array).all()):
+                    raise ValueError("no rows" if not array.size else "NaN or infinite entries")
+            except (KeyError, ValueError, TypeError) as problem:
                 raise refusal(path, f"its parity sample has no usable {member} for {spec} ({problem})") from None
             found[kind][spec.name] = array
     return Sample(found["input"], found["output"])
@@ -157,11 +159,14 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def _array(data: bytes) -> np.ndarray:
-    """The array of an ``.npy`` file; its size is checked before any memory is taken."""
+    """The array of an ``.npy`` file; its size is checked before any memory is taken. ValueError on anything else."""
     stream = io.BytesIO(data)
     if np.lib.format.read_magic(stream) != (1, 0):
         raise ValueError("another version of the format")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    try:
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    except Exception as problem:  # the header is parsed as Python, whose tokenizer has errors of its own
+        raise ValueError(f"no header: {problem}") from problem
     body = data[stream.tell() :]
     if dtype.hasobject or fortran or math.prod(shape) * dtype.itemsize != len(body):
         raise ValueError("its header does not fit its content")

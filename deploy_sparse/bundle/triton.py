@@ -143,10 +143,12 @@ def _served_file(engine: Engine) -> str:
     if (runtime, file) in (("tensorrt", PLAN_FILE), ("onnxruntime", ONNX_FILE)):
         return file
     if runtime == "tensorrt-rtx":
+        low = {"bf16", "fp8"} & {*engine.manifest["precision"]["built"].split(" + ")}  # ONNX Runtime has none on CPUs
         raise EngineError(
             f"{engine.folder} is an engine of TensorRT-RTX, for which Triton has no backend",
             expected="an engine of full TensorRT or ONNX Runtime",
-            fix=f"on the server: {engine.build_command('tensorrt')}; or for its CPU: {engine.build_command('cpu')}",
+            fix=f"on the server: {engine.build_command('tensorrt')}"
+            + ("" if low else f"; or for its CPU: {engine.build_command('cpu')}"),
         )
     raise EngineError(
         f"{engine.folder} is a program of torch.export, which Triton's PyTorch backend does not take: it runs "

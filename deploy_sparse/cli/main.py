@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from .. import __version__
-from ..errors import DeploySparseError, nearest
+from ..errors import DeploySparseError, MissingDependencyError, nearest
 
 VERBS = {
     "run": "run a recipe: find a ticket, deploy it, measure it",
@@ -49,6 +49,16 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message, expected=usage, fix=f"see {self.prog} --help")
 
 
+_LIBRARIES = (
+    "torch",
+    "torchvision",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "safetensors",
+)  # may be missing in a lean install
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for bad input, 128 + signal when stopped, 1 for a defect."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -64,6 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; exit without a second error
         return 0
     except Exception as problem:
+        if isinstance(problem, ModuleNotFoundError) and problem.name in _LIBRARIES:
+            expected = f"all of the package's own dependencies; without {problem.name} engines can be run, but not this"
+            fix = f"pip install {problem.name}"
+            _report(words, MissingDependencyError.__name__, f"{problem.name} is not installed", expected, fix)
+            return MissingDependencyError.exit_code
         given = f"{type(problem).__name__}: {problem}"
         fix = "run again with --debug and report the traceback"
         _report(words, "Defect", given, "no such error: a defect of deploy-sparse", fix)

@@ -14,14 +14,15 @@ def module_or_onnx(path: str) -> tuple[Any, tuple[Any, ...] | None]:
     Raises:
         ArtifactError: ``path`` is none of these.
     """
+    if path.endswith(".onnx"):
+        return Path(path), None  # before anything that costs seconds to import
+
     import torch
 
     from .. import api, artifact
     from ..surgery.plan import SurgeryPlan
     from ..ticket import Ticket
 
-    if path.endswith(".onnx"):
-        return Path(path), None
     kind = artifact.kind_of(Path(path))
     if kind == "plan":
         shape = SurgeryPlan.load(path).model.input_shape

@@ -16,7 +16,7 @@ from ._cuda import cuda_library
 from ._trt import data_type_name, last_errors, library, log, process_logger, refitted
 from ._trt_context import ITEM_SIZES, Opened, Shapes
 from ._trt_worker import Prepared, Worker
-from .device_arrays import DeviceArray, DeviceView, new_tensor, torch_with_cuda
+from .device_arrays import DeviceArray, DeviceView, check_device, new_tensor, torch_with_cuda
 from .pool import Pool
 from .tensors import NOTHING, Feeds, numpy_dtype
 
@@ -101,6 +101,8 @@ class TrtSession:
         Raises:
             EngineError: TensorRT, or CUDA, fails.
         """
+        check_device(feeds, self._cuda.device)
+        check_device(out, self._cuda.device)
         torch, results = torch_with_cuda(), {name: view.owner for name, view in out.items()}
 
         with self._pool.borrow() as worker:

@@ -14,7 +14,7 @@ from .onnx_file import OnnxFile, float_types, parity_as_json, parse_graph
 from .precision.building import is_lowering
 from .source import module_of, onnx_of, payload_of
 from .target import Target
-from .watch import Watch
+from .watch import Stopped, Watch
 
 if TYPE_CHECKING:
     from ._torch_build import TorchProgram
@@ -83,6 +83,8 @@ class _FromOnnx:
         check_graph(model, types, target)
         try:
             return self._compiled(source, data, types, target, watch)
+        except Stopped:
+            raise  # no other precision would help
         except BuildError as problem:
             raise advised(problem, target) from problem
 

@@ -36,7 +36,7 @@ def build_engine(
     *,
     name: str = "model",
     precision: str | None = None,
-    exclude: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     calibration: Any = None,
     backend: str | None = None,
     progress: Callable[[Progress], object] | None = None,
@@ -61,7 +61,7 @@ def build_engine(
         name: a plain name, the first part of the entry's.
         precision: instead of the target's: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"`` or ``"fp8"``; the target is
             then called ``<name>-<precision>``.
-        exclude: names of nodes or modules, with ``*`` and ``?``, that stay in fp32, besides the target's own.
+        exclude: names of nodes or modules, or one, with ``*`` and ``?``, that stay in fp32, besides the target's own.
         calibration: real inputs, which int8 and fp8 take their scales from, and on which every lower precision but
             torch's is compared with fp32: an iterable of batches, an array of samples, the path of an ``.npz`` file or
             of a folder of ``.npy`` files; see :func:`~deploy_sparse.engine.precision.calibration.read_calibration`.
@@ -70,7 +70,7 @@ def build_engine(
             ``<name>-<runtime>``.
         progress: called with a :class:`~deploy_sparse.engine.watch.Progress` at each step of a TensorRT compilation.
         time_limit_s: seconds for all of it, waiting for another build of the same engine included; looked at between
-            steps.
+            steps, and between batches of calibration.
         cancel: a ``threading.Event`` or a function; once that is set, or true, the build stops at its next step.
 
     Raises:
@@ -164,7 +164,7 @@ def _compile(
     """The engine, and the graph that it was made from where that had to be lowered first."""
     if not (isinstance(source, OnnxFile) and is_lowering(target)):
         return way.compile(source, graph, target, watch), None
-    low = lower(source, graph, target, data)
+    low = lower(source, graph, target, data, watch)
     return way.compile(low.source, low.graph, target, watch), low
 
 

@@ -32,12 +32,14 @@ class DeviceView:
         stream: another stream that must have finished with it first; None where the caller's has.
         owner: what was given.
         keep: what must live as long as the address is used.
+        device: number of the GPU; None where its library does not tell.
     """
 
     form: Form
     stream: int | None
     owner: Any
     keep: Any = None
+    device: int | None = None
 
 
 class DeviceArray:
@@ -118,13 +120,35 @@ def device_views(arrays: Mapping[str, Any], stream: int) -> dict[str, DeviceView
     return {name: _view(name, value, stream) for name, value in arrays.items()}
 
 
+def check_device(views: Mapping[str, DeviceView], device: int) -> None:
+    """Refuse arrays on another GPU than the engine's, whose addresses mean nothing there.
+
+    Raises:
+        EngineError: there is one.
+    """
+    for name, view in views.items():
+        if view.device not in (None, device):
+            raise EngineError(
+                f"{name!r} is on GPU {view.device}, and the engine on GPU {device}",
+                expected="arrays on the engine's GPU",
+                fix=f"move it: tensor.to('cuda:{device}')",
+            )
+
+
 def _view(name: str, value: Any, stream: int) -> DeviceView:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         return _of_torch(name, value)
     interface = getattr(value, "__cuda_array_interface__", None)
     if interface is not None:
-        return _of_interface(value, interface)
+        try:
+            return _of_interface(value, interface)
+        except (KeyError, TypeError, ValueError, AttributeError) as problem:
+            raise EngineError(
+                f"{name!r} is a {type(value).__name__} whose __cuda_array_interface__ cannot be read: {problem!r}",
+                expected="an array without a mask, as version 3 of that protocol describes one",
+                fix="copy it with its own library, or pass a torch tensor",
+            ) from problem
     if hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__") and not isinstance(value, np.ndarray):
         if value.__dlpack_device__()[0] not in _ON_CUDA:
             raise _not_there(name, value)
@@ -158,11 +182,13 @@ def _of_torch(name: str, tensor: Any) -> DeviceView:
         int(tensor.data_ptr()),
         tensor.numel() * tensor.element_size(),
     )
-    return DeviceView(_with_torchs_advice(form), None, tensor)
+    return DeviceView(_with_torchs_advice(form), None, tensor, device=tensor.device.index)
 
 
 def _of_interface(value: Any, interface: Mapping[str, Any]) -> DeviceView:
     dtype, shape = np.dtype(interface["typestr"]), tuple(int(extent) for extent in interface["shape"])
+    if interface.get("mask") is not None:
+        raise ValueError("it has a mask")
     strides = interface.get("strides")
     dense = strides is None or _is_dense(shape, tuple(stride // dtype.itemsize for stride in strides))
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -217,7 +243,7 @@ def view_of_capsule(value: Any, capsule: Any) -> DeviceView:
     dense = not found.strides or _is_dense(shape, tuple(found.strides[: found.ndim]))
     nbytes = int(np.prod(shape, dtype=np.int64)) * bits * found.dtype.lanes // 8
     form = Form(dtype, shape, dense, (found.data or 0) + found.byte_offset, nbytes)
-    return DeviceView(_with_torchs_advice(form), None, value, capsule)
+    return DeviceView(_with_torchs_advice(form), None, value, capsule, found.device_id)
 
 
 def _free(cuda: Cuda, buffer: Buffer) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -34,6 +36,9 @@ def obstacle(manifest: Mapping[str, Any]) -> Obstacle | None:
 
     if runtime != "torch":
         return _trt.obstacle(manifest)
+    if "torch" not in sys.modules and importlib.util.find_spec("torch") is None:
+        built = f"PyTorch {manifest['runtime']['version']} or newer"
+        return Obstacle("PyTorch is not installed", built, "install it: pip install torch", None)
     if (found := _older_torch(manifest)) is not None:
         return found
     if manifest["target"]["device"] == "cuda" and _trt.local_gpu() is None:

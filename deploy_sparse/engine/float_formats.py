@@ -89,10 +89,12 @@ def advised(problem: BuildError, target: Target) -> BuildError:
         fix = "this GPU has no fp32 matrix products: build with precision fp16" + (
             ", and exclude none of them" if target.precision in ("fp16", "bf16") else ""
         )
-    elif target.precision == "fp8" and target.on_gpu and "fp8" in problem.given.lower():
+    elif target.precision == "fp8" and target.on_gpu and not target.compute_capabilities:  # else those are new enough
         fix = "fp8 needs GPUs of SM89 or later: take rtx-sm89 or rtx-sm120, or build in int8 or fp16"
     elif target.precision == "bf16" and target.runtime == "onnxruntime":
         fix = "ONNX Runtime has few bf16 kernels on the CPU: build in fp32, fp16 or int8 for it"
-    elif target.precision != "fp32":
+    elif target.on_gpu and target.precision == "int8" and "DequantizeLinear" in problem.given:
+        fix = f"a graph that was quantized for ONNX Runtime: build from the float32 file, with calibration; else {fix}"
+    elif "ran out of memory" not in problem.given and target.precision != "fp32":
         fix = f"exclude the layer it names, or build in {'fp16' if target.precision == 'bf16' else 'fp32'}; or {fix}"
     return BuildError(problem.given, expected=problem.expected, fix=fix)

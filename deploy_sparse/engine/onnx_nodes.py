@@ -32,6 +32,7 @@ def nodes_of(graph: bytes, extents: Mapping[str, int], path: Path = Path("model.
     try:
         model = _fixed(_inlined(onnx.load_model_from_string(graph)), extents)
         inferred = shape_inference.infer_shapes(model, data_prop=True).graph
+        _check_names(inferred)
     except (DecodeError, shape_inference.InferenceError, ValueError) as problem:
         raise ArtifactError(
             f"{path} is not a valid ONNX file ({str(problem).strip().partition(chr(10))[0] or type(problem).__name__})",
@@ -63,6 +64,14 @@ def nodes_of(graph: bytes, extents: Mapping[str, int], path: Path = Path("model.
             )
         )
     return tuple(layers)
+
+
+def _check_names(graph: onnx.GraphProto) -> None:
+    """ValueError where a name is no text: protobuf reads one that is no UTF-8 all the same, as bytes."""
+    for node in graph.node:
+        for name in (node.name, node.op_type, node.domain, *node.input, *node.output):
+            if not isinstance(name, str):
+                raise ValueError(f"the name {name!r} is not UTF-8")
 
 
 def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:

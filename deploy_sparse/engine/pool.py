@@ -24,7 +24,7 @@ class Gate:
         self._closed_error = closed
         self._condition = threading.Condition()
         self._inside: list[int] = []  # identities of threads
-        self._open = True
+        self._open, self._emptied = True, False
 
     def __enter__(self) -> None:
         with self._condition:
@@ -53,8 +53,9 @@ class Gate:
                     expected="a call after the run, or from another thread",
                     fix="note the wish in the handler, and close after the run",
                 )
-            first, self._open = self._open, False
-            self._condition.wait_for(lambda: not self._inside)
+            self._open = False
+            self._condition.wait_for(lambda: not self._inside)  # who is interrupted here may close again
+            first, self._emptied = not self._emptied, True
             return first
 
 

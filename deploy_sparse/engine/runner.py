@@ -14,7 +14,7 @@ from ..errors import ArtifactError, EngineError
 from .entry import ONNX_FILE, Engine, open_entry
 from .fit import obstacle
 from .pool import Gate
-from .tensors import Feeds, TensorSpec, check_feeds, check_outputs, placed_form, sample_feeds
+from .tensors import Feeds, TensorSpec, check_batch, check_feeds, check_outputs, placed_form, sample_feeds
 
 if TYPE_CHECKING:
     from .device_arrays import DeviceView
@@ -73,7 +73,7 @@ class Runner:
         """
         with self._gate:
             check_feeds(feeds, self.inputs, self._batch_range, self._ranges)
-            if out:
+            if out is not None:
                 forms = {spec.name: placed_form(spec.name, feeds[spec.name], spec) for spec in self.inputs}
                 check_outputs(out, self.outputs, forms, self.inputs)
             return self._session.run(feeds, out or {})
@@ -108,7 +108,7 @@ class Runner:
             stream = callers_stream()
             views = device_views(feeds, stream)
             check_feeds(views, self.inputs, self._batch_range, self._ranges, form=_form_of_view)
-            outputs = device_views(out or {}, stream)
+            outputs = device_views({} if out is None else out, stream)
             forms = {name: view.form for name, view in views.items()}
             check_outputs(outputs, self.outputs, forms, self.inputs, form=_form_of_view)
             return cast(GpuSession, self._session).run_on_gpu(views, outputs, stream)
@@ -135,9 +135,10 @@ class Runner:
         Raises:
             EngineError: a batch outside the engine's range.
         """
-        feeds = sample_feeds(self.inputs, self._batch_range[0] if batch is None else batch, seed, self._extents)
-        check_feeds(feeds, self.inputs, self._batch_range, self._ranges)
-        return feeds
+        rows = self._batch_range[0] if batch is None else batch
+        if any(spec.batched for spec in self.inputs):
+            check_batch(rows, self._batch_range)
+        return sample_feeds(self.inputs, rows, seed, self._extents)
 
     def close(self) -> None:
         """Wait for running calls and release the engine; later calls are refused, closing twice is fine.
@@ -269,7 +270,7 @@ def _torch_session(engine: Engine, cuda_graph: bool) -> Session:
         raise EngineError(
             f"{engine.folder} is a torch engine {kind}; here: {found.reason}",
             expected=found.expected,
-            fix=f"{found.fix}: {engine.build_command(found.target)}",
+            fix=f"{found.fix}: {engine.build_command(found.target)}" if found.target else found.fix,
         )
     from ._torch_session import TorchSession
 

@@ -232,16 +232,17 @@ class _TargetFile(Target):
     inherits: str | None = None
 
 
-def in_precision(target: Target, precision: str | None, exclude: Sequence[str] = ()) -> Target:
+def in_precision(target: Target, precision: str | None, exclude: str | Sequence[str] = ()) -> Target:
     """The target in another precision, called ``<name>-<precision>``; itself where nothing changes.
 
     Args:
         precision: None for the target's own.
-        exclude: patterns, besides the target's own.
+        exclude: patterns, or one, besides the target's own.
 
     Raises:
         ConfigError: a precision that there is not, or that does not go with the target.
     """
+    exclude = (exclude,) if isinstance(exclude, str) else exclude
     wanted = target.precision if precision is None else precision
     own = () if wanted == "fp32" else target.exclude
     patterns = [*own, *(pattern for pattern in exclude if pattern not in own)]
@@ -249,7 +250,8 @@ def in_precision(target: Target, precision: str | None, exclude: Sequence[str] =
         return target
     name = target.name if wanted == target.precision else f"{target.name}-{wanted}"
     change = {"name": name, "precision": wanted, "exclude": patterns}
-    return config_from(Target, target.model_dump(mode="json"), change, source=f"target {target.name}")
+    given = f"precision {wanted!r}" + (f" and exclude {patterns}" if patterns else "")
+    return _changed(target, change, given)
 
 
 def in_runtime(target: Target, runtime: str | None) -> Target:
@@ -260,8 +262,23 @@ def in_runtime(target: Target, runtime: str | None) -> Target:
     """
     if runtime is None or runtime == target.runtime:
         return target
-    change = {"name": f"{target.name}-{runtime}", "runtime": runtime}
-    return config_from(Target, target.model_dump(mode="json"), change, source=f"target {target.name}")
+    return _changed(target, {"name": f"{target.name}-{runtime}", "runtime": runtime}, f"runtime {runtime!r}")
+
+
+def _changed(target: Target, change: dict[str, Any], given: str) -> Target:
+    try:
+        return config_from(Target, target.model_dump(mode="json"), change, source=f"target {target.name}")
+    except ConfigError as problem:
+        if not _is_of_whole(problem):
+            raise
+        raise ConfigError(
+            f"{given} with target {target.name}", expected=problem.expected, fix="change that, or take another target"
+        ) from None
+
+
+def _is_of_whole(problem: ConfigError) -> bool:
+    """Whether values do not go together, rather than one key being wrong; the message then prints all of them."""
+    return problem.given.startswith(" = ")
 
 
 def _target_file(name_or_path: str | Path, beside: Path | None = None) -> Path:
@@ -299,7 +316,8 @@ def _read(path: Path, heirs: tuple[Path, ...]) -> Target:
     except ConfigError as problem:  # whose advice is an option on the command line, and targets have none
         hint, question, _ = problem.fix.rpartition("? ")  # "did you mean 'threads'? "
         fix = f"{hint}{question}mend it in {path}"
-        raise ConfigError(problem.given, expected=problem.expected, fix=fix) from None
+        given = f"{path} has keys that do not go together" if _is_of_whole(problem) else problem.given
+        raise ConfigError(given, expected=problem.expected, fix=fix) from None
     return Target(**mine.model_dump(exclude={"inherits"}))
 
 

@@ -175,14 +175,24 @@ def check_feeds(
             fix="slice or pad the inputs to one batch size",
         )
     batch = next(iter(batches.values()), 1)
+    if batches:
+        check_batch(batch, batch_range)
+    return batch
+
+
+def check_batch(batch: int, batch_range: tuple[int, int]) -> None:
+    """Refuse what is no batch size in the range.
+
+    Raises:
+        EngineError: it is not.
+    """
     smallest, largest = batch_range
-    if batches and not smallest <= batch <= largest:
+    if not isinstance(batch, int | np.integer) or not smallest <= batch <= largest:
         raise EngineError(
-            f"batch {batch} is outside this engine's range",
+            f"batch {batch!r} is outside this engine's range",
             expected=f"a batch of {smallest} to {largest}",
             fix="split or pad the batch, or build with a target whose [batch] range holds it",
         )
-    return batch
 
 
 def check_outputs(

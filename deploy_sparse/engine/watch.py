@@ -22,6 +22,10 @@ _ALMOST = 0.99
 _PAUSE_S = 0.05
 
 
+class Stopped(BuildError):
+    """A build that was cancelled or ran over its time: nothing is wrong with what was built."""
+
+
 class Flag(Protocol):
     """Something like a ``threading.Event``."""
 
@@ -111,7 +115,7 @@ class Watch:
         """Raise the reason to stop, if there is one.
 
         Raises:
-            BuildError: cancelled, or over its time. Anything that ``progress`` or ``cancel`` raised; KeyboardInterrupt.
+            Stopped: cancelled, or over its time. Anything that ``progress`` or ``cancel`` raised; KeyboardInterrupt.
         """
         self._goes_on()
         self._raise_kept()
@@ -217,13 +221,13 @@ class Watch:
         if self._stop is None:
             try:
                 if self._asked is not None and self._asked():
-                    self._stop = BuildError(
+                    self._stop = Stopped(
                         "the build was cancelled",
                         expected="a build that may end",
                         fix="start it again; nothing is left",
                     )
                 elif self._limit is not None and self._clock() - self._began > self._limit:
-                    self._stop = BuildError(
+                    self._stop = Stopped(
                         f"the build took longer than its limit of {self._limit:g} s",
                         expected="a build within its time limit",
                         fix="raise the limit, or lower builder_level or the ranges of the target",

@@ -13,6 +13,7 @@ from ...errors import BuildError
 from ..onnx_file import OnnxFile, describe_graph, parse_graph
 from ..target import RUNTIMES_OF, Target
 from ..tensors import TensorSpec, sample_feeds
+from ..watch import Watch
 from .calibration import Calibration, read_calibration
 
 SAMPLES = 16
@@ -65,23 +66,36 @@ def lowering_key(target: Target, calibration: Calibration | None) -> dict[str, A
     return {"lowering": {"rules": RULES, **tools, "calibration": calibration.digest if calibration else None}}
 
 
-def lower(source: OnnxFile, graph: bytes, target: Target, calibration: Calibration | None) -> LoweredFile:
-    """Lower a file to the precision of its target, and compare the two.
+def lower(source: OnnxFile, graph: bytes, target: Target, calibration: Calibration | None, watch: Watch) -> LoweredFile:
+    """Lower a file to the precision of its target, and compare the two; ``watch`` may stop it between batches.
 
     Raises:
-        BuildError, ConfigError: as :func:`~.stage.lowered` and :func:`~.agreement.agreement`.
+        BuildError, ConfigError: as :func:`~.stage.lowered`, :func:`~.agreement.agreement` and ``watch``.
     """
     from .agreement import agreement
     from .stage import lowered
 
     whole = _whole(source, graph)
-    made = lowered(whole, target.precision, exclude=target.exclude, calibration=calibration, runtime=target.runtime)
+    watch.check()
+    made = lowered(
+        whole,
+        target.precision,
+        exclude=target.exclude,
+        calibration=calibration,
+        runtime=target.runtime,
+        between=watch.check,
+    )
     found: dict[str, Any] = {"against": "fp32", "data": None, "computed": made.how}
     if made.compared is not None:
         batches = calibration.batches if calibration else _random(source.inputs, target)
         found["data"] = calibration.source if calibration else "random numbers, seed 0"
         found |= agreement(
-            whole, made.compared, batches, precision=target.precision, as_written=target.runtime != "onnxruntime"
+            whole,
+            made.compared,
+            batches,
+            precision=target.precision,
+            as_written=target.runtime != "onnxruntime",
+            between=watch.check,
         )
     described = describe_graph(source.path, made.data, parse_graph(source.path, made.data))
     kept = replace(described, parameters=source.parameters, macs=source.macs)

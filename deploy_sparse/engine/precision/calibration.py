@@ -90,6 +90,8 @@ def _from_npz(path: Path, inputs: Sequence[TensorSpec]) -> list[Any]:
         raise _damaged(path, problem) from problem
     if len(arrays) == len(inputs) == 1:
         arrays = {inputs[0].name: next(iter(arrays.values()))}  # under any name
+    if not arrays:
+        raise ConfigError(f"{path} holds no arrays", expected=_FORMS, fix="np.savez(path, input=images) writes one")
     return _split(arrays, inputs)
 
 

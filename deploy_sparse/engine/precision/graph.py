@@ -13,7 +13,7 @@ MAIN = ("", "ai.onnx")  # names of ONNX's own set of operators
 
 
 def prepared(model: onnx.ModelProto, opset: int = 0) -> onnx.ModelProto:
-    """An equal graph without local functions, float constants as initializers, every node named.
+    """An equal graph without local functions, float constants as initializers that are no inputs, every node named.
 
     BatchNorm is folded into the convolution or matrix product that it alone reads; one that stands alone stays.
 
@@ -38,6 +38,7 @@ def prepared(model: onnx.ModelProto, opset: int = 0) -> onnx.ModelProto:
     found.CopyFrom(model)
     name_nodes_(found.graph)
     _lift_constants_(found.graph)
+    _close_weights_(found)
     if any(node.op_type == "BatchNormalization" for node in found.graph.node):
         found = _folded(found)
     found = _at_opset(found, opset)
@@ -96,6 +97,17 @@ def _lift_constants_(graph: onnx.GraphProto) -> None:
             graph.initializer.append(tensor)
     del graph.node[:]
     graph.node.extend(kept)
+
+
+def _close_weights_(model: onnx.ModelProto) -> None:
+    """Weights that a caller could replace, as all could in files of before 2019, become constants."""
+    graph = model.graph
+    weights = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in weights]
+    if len(inputs) < len(graph.input):
+        del graph.input[:]
+        graph.input.extend(inputs)
+        model.ir_version = max(model.ir_version, 4)  # before it every initializer had to be an input
 
 
 def _constants(node: onnx.NodeProto) -> Iterator[TensorProto]:

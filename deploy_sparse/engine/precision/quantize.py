@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import tempfile
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ...errors import BuildError
+from ...errors import ArtifactError, BuildError
+from ..watch import Stopped
 from .calibration import Calibration
 from .delicate import DELICATE
 
@@ -39,7 +41,13 @@ def weighted_nodes(graph: onnx.GraphProto) -> tuple[str, ...]:
 
 
 def quantized(
-    model: onnx.ModelProto, precision: str, excluded: Set[str], calibration: Calibration, *, fully: bool
+    model: onnx.ModelProto,
+    precision: str,
+    excluded: Set[str],
+    calibration: Calibration,
+    *,
+    fully: bool,
+    between: Callable[[], object] = lambda: None,
 ) -> onnx.ModelProto:
     """The graph with Q/DQ pairs; weights per output channel, activations per tensor, ranges the largest ever seen.
 
@@ -50,9 +58,10 @@ def quantized(
         calibration: what to run to see the activations' ranges.
         fully: quantize results, biases and what lies between layers too, with zero points, as ONNX Runtime's kernels
             want it; otherwise only what weighted layers read, symmetrically, as TensorRT wants it.
+        between: called before each batch of calibration; what it raises ends this.
 
     Raises:
-        BuildError: nothing to quantize, or ONNX Runtime cannot do it.
+        BuildError: nothing to quantize, or ONNX Runtime cannot do it. ArtifactError: no room for temporary files.
     """
     chosen = [name for name in weighted_nodes(model.graph) if name not in excluded]
     if not chosen:
@@ -64,8 +73,11 @@ def quantized(
         )
     float8 = precision == "fp8"
     if fully and not float8:
+        results = {value.name for value in model.graph.output}
         chosen += [
-            node.name for node in model.graph.node if node.op_type in _along(model) and node.name not in excluded
+            node.name
+            for node in model.graph.node
+            if node.op_type in _along(model) and node.name not in excluded and not _would_cut(node, results)
         ]
     options: dict[str, Any] = {"QDQOpTypePerChannelSupportToAxis": {"MatMul": 1}}
     if float8 or not fully:
@@ -76,10 +88,15 @@ def quantized(
             "DedicatedQDQPair": True,
             "AddQDQPairToWeight": float8,
         }
-    found = _run(model, chosen, options, calibration)
+    found = _run(model, chosen, options, calibration, between)
     if float8:
         _to_float8_(found)
     return found
+
+
+def _would_cut(node: onnx.NodeProto, results: Set[str]) -> bool:
+    """Whether the quantizer would take the range after a ReLU for a result of the graph that is before it."""
+    return node.op_type in ("Relu", "Clip") and node.input[0] in results
 
 
 def _along(model: onnx.ModelProto) -> Set[str]:
@@ -90,7 +107,11 @@ def _along(model: onnx.ModelProto) -> Set[str]:
 
 
 def _run(
-    model: onnx.ModelProto, chosen: list[str], options: dict[str, Any], calibration: Calibration
+    model: onnx.ModelProto,
+    chosen: list[str],
+    options: dict[str, Any],
+    calibration: Calibration,
+    between: Callable[[], object],
 ) -> onnx.ModelProto:
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
@@ -104,7 +125,7 @@ def _run(
             quantize_static(
                 given,
                 path,
-                _reader(calibration),
+                _reader(calibration, between),
                 quant_format=QuantFormat.QDQ,
                 nodes_to_quantize=chosen,
                 per_channel=True,
@@ -113,7 +134,15 @@ def _run(
                 calibrate_method=CalibrationMethod.MinMax,
                 extra_options=options,
             )
+        except Stopped:
+            raise
         except Exception as problem:  # the quantizer raises what it meets: AssertionError, ValueError, ORT's own
+            if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ArtifactError(
+                    f"{scratch} cannot be written ({problem.strerror})",
+                    expected="room for several copies of the network in the folder for temporary files",
+                    fix="free the space, or set TMPDIR to a folder on another disk",
+                ) from problem
             lines = str(problem).strip().splitlines()
             raise BuildError(
                 f"ONNX Runtime could not quantize the graph ({lines[0] if lines else type(problem).__name__})",
@@ -125,7 +154,7 @@ def _run(
     return found
 
 
-def _reader(calibration: Calibration) -> Any:
+def _reader(calibration: Calibration, between: Callable[[], object]) -> Any:
     from onnxruntime.quantization import CalibrationDataReader
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -133,6 +162,7 @@ def _reader(calibration: Calibration) -> Any:
             self.batches = iter(calibration.batches)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
+            between()
             return next(self.batches, None)
 
     return Reader()

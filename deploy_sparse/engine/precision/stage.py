@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from .graph import name_nodes_, prepared, types_of
 from .names import matching, names_of
 from .reading import is_lowered, layer_formats, others_than
 
-RULES = 1
+RULES = 2
 """Part of the keys of lowered engines; raised when the same graph and target come out otherwise than before."""
 
 _HOW = {
@@ -54,6 +54,7 @@ def lowered(
     exclude: Sequence[str] = (),
     calibration: Calibration | None = None,
     runtime: str = "onnxruntime",
+    between: Callable[[], object] = lambda: None,
 ) -> Lowered:
     """Lower a float32 graph. A graph that comes in the precision is checked and returned as it is.
 
@@ -65,6 +66,7 @@ def lowered(
         exclude: patterns of node names or module paths that stay in float32, or without Q/DQ.
         calibration: real data; needed for int8 and fp8.
         runtime: for ``"onnxruntime"`` int8 is quantized throughout, for others around weighted layers only.
+        between: called before each batch of calibration; what it raises ends this.
 
     Raises:
         BuildError: a pattern that matches nothing, a weight beyond the format, nothing to lower, or a layer that does
@@ -84,7 +86,7 @@ def lowered(
     base = prepared(model, quantize.OPSETS[precision])
     excluded = matching(names_of(base.graph), exclude)
     fully = runtime == "onnxruntime"
-    found = quantize.quantized(base, precision, excluded, calibration, fully=fully)
+    found = quantize.quantized(base, precision, excluded, calibration, fully=fully, between=between)
     source = {"source": calibration.source, "samples": calibration.samples, "sha256": calibration.digest}
     data = _bytes(found, precision)
     report = _report(found, precision, excluded) | {"calibration": source}

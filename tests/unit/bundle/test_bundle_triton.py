@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from onnx import TensorProto, helper
 
 from deploy_sparse.artifact import write_artifact
 from deploy_sparse.bundle import bundle_engine
+from deploy_sparse.bundle.triton import config_text
 from deploy_sparse.engine.build import build_engine
 from deploy_sparse.engine.entry import Engine
 from deploy_sparse.engine.target import Batch, Extents, load_target
@@ -190,6 +192,10 @@ def test_what_triton_cannot_serve_says_what_to_build(engine: Engine, tmp_path: P
         bundle_engine(rtx, format="triton", out=tmp_path / "models")
     assert f"on the server: deploy-sparse build {rtx.folder}/model.onnx --target tensorrt" in str(caught.value)
     assert "--target cpu" in str(caught.value)
+    low = replace(rtx, manifest={**rtx.manifest, "precision": {"built": "bf16 + fp32"}})
+    with pytest.raises(EngineError, match="--target tensorrt") as caught:
+        config_text(low, "net")
+    assert "--target cpu" not in str(caught.value)  # ONNX Runtime has no bf16 there
     strip = as_tensorrt(engine, tmp_path / "strip", refit="identical", strip=True)
     with pytest.raises(EngineError, match=r"is an engine without weights.*\n.*\n.*strip = false"):
         bundle_engine(strip, format="triton", out=tmp_path / "models")

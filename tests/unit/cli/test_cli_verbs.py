@@ -276,6 +276,20 @@ def test_errors_are_json_when_asked_and_tracebacks_only_with_debug(capsys):
     assert "Traceback" in run(capsys, "show", "nothing", "--debug")[2]
 
 
+@pytest.mark.parametrize(("library", "code", "text"), [("onnx", 2, "onnx is not installed"), ("nosuch", 1, "a defect")])
+def test_a_library_that_is_not_installed_is_no_defect(capsys, monkeypatch, library, code, text):
+    from deploy_sparse.cli import ls
+
+    def missing(options):
+        raise ModuleNotFoundError(f"No module named {library!r}", name=library)
+
+    monkeypatch.setattr(ls, "execute", missing)
+    assert main(["ls"]) == code
+    err = capsys.readouterr().err
+    assert text in err
+    assert ("pip install onnx" in err) == (code == 2)
+
+
 def test_a_defect_is_called_one(capsys, monkeypatch):
     from deploy_sparse.cli import ls
 

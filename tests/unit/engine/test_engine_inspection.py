@@ -263,3 +263,11 @@ def test_shared_and_quantized_weights_count_once(tmp_path: Path) -> None:
 def test_no_graph() -> None:
     with pytest.raises(ArtifactError, match=r"model.onnx is not a valid ONNX file"):
         nodes_of(b"\xff\xff", {})
+
+
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    path = write_graph(tmp_path / "n.onnx", [helper.make_node("Relu", ["input"], ["output"], "relu")])
+    data = path.read_bytes()
+    assert data.count(b"relu") == 1
+    with pytest.raises(ArtifactError, match=r"n.onnx is not a valid ONNX file \(the name .* is not UTF-8\)"):
+        nodes_of(data.replace(b"relu", b"\xff\xfflu"), {}, path)

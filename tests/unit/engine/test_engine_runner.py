@@ -321,3 +321,17 @@ def test_not_an_engine(tmp_path: Path) -> None:
     write_artifact(tmp_path / "t", "ticket", {"a": b"b"}, {})
     with pytest.raises(ArtifactError, match=r"the artifact .ticket., not .engine."):
         load_engine(tmp_path / "t")
+
+
+def test_an_array_where_a_dictionary_of_arrays_belongs(runner: Runner) -> None:
+    feeds = runner.sample_inputs(2)
+    for out in (np.empty((2, 10), np.float32), [], ()):
+        with pytest.raises(EngineError, match=rf"out is a {type(out).__name__}\n(.|\n)*pass {{name: array}}"):
+            runner.run(feeds, out)  # type: ignore[arg-type]
+    assert runner.run(feeds, {})["output"].shape == (2, 10)
+
+
+@pytest.mark.parametrize("batch", [0, -1, 257, 10**12, "2", 2.5])
+def test_samples_of_no_batch_are_refused_before_they_are_made(runner: Runner, batch: object) -> None:
+    with pytest.raises(EngineError, match=rf"batch {batch!r} is outside this engine's range\n  expected: a batch of 1"):
+        runner.sample_inputs(batch)  # type: ignore[arg-type]

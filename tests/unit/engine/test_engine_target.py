@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from deploy_sparse.artifact import digest_of
 from deploy_sparse.config import config_from
 from deploy_sparse.engine import target as module
-from deploy_sparse.engine.target import Target, in_precision, list_targets, load_target, targets_folder
+from deploy_sparse.engine.target import Target, in_precision, in_runtime, list_targets, load_target, targets_folder
 from deploy_sparse.errors import ConfigError
 
 SHIPPED = (
@@ -97,8 +98,33 @@ def test_another_precision_has_another_name() -> None:
     assert in_precision(half, "fp32").exclude == ()
     with pytest.raises(ConfigError, match=r"int4"):
         in_precision(plain, "int4")
-    with pytest.raises(ConfigError, match="exclude only with a precision below fp32"):
-        in_precision(plain, None, ("head",))
+    assert in_precision(plain, "fp16", "head") == half  # one pattern, not four letters
+
+
+@pytest.mark.parametrize(
+    ("change", "given", "expected"),
+    [
+        (lambda: in_precision(load_target("cpu"), "fp8"), "precision 'fp8' with target cpu", "only with a TensorRT runtime"),
+        (
+            lambda: in_precision(load_target("cpu"), None, ("head",)),
+            "precision 'fp32' and exclude ['head'] with target cpu",
+            "exclude only with a precision below fp32",
+        ),
+        (lambda: in_runtime(load_target("tensorrt-h100"), "tensorrt-rtx"), "runtime 'tensorrt-rtx' with target tensorrt-h100", "SM90"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_named_without_the_whole_target(
+    change: Callable[[], Target], given: str, expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        change()
+    assert caught.value.given == given
+    assert expected in caught.value.expected
+    assert "--" not in caught.value.fix
+    path = write(tmp_path, mine='inherits = "cpu"\nprecision = "fp8"\n') / "mine.toml"
+    with pytest.raises(ConfigError) as caught:
+        load_target(path)
+    assert (caught.value.given, caught.value.fix) == (f"{path} has keys that do not go together", f"mend it in {path}")
 
 
 def test_options_of_torch() -> None:
@@ -248,7 +274,10 @@ def test_no_name_and_no_path(given: object) -> None:
         ({"exclude": ["head"]}, "exclude only with a precision below fp32"),
         ({"precision": "fp16", "exclude": ["head", "head"]}, "exclude has every pattern once"),
         ({"precision": "fp16", "exclude": [""]}, "none that is empty"),
-        ({"runtime": "torch", "precision": "fp16", "exclude": ["head"]}, "exclude only with runtime onnxruntime, tensorrt or tensorrt-rtx"),
+        (
+            {"runtime": "torch", "precision": "fp16", "exclude": ["head"]},
+            "exclude only with runtime onnxruntime, tensorrt or tensorrt-rtx",
+        ),
         ({"runtime": "tensorrt", "tf32": True, "precision": "fp16"}, "tf32 is a way to compute fp32, not fp16"),
         ({"runtime": "torch", "tf32": True}, "tf32 only with a TensorRT runtime, or with torch on cuda"),
         ({"runtime": "torch", "device": "cuda", "tf32": True, "precision": "bf16"}, "tf32 is a way to compute fp32"),

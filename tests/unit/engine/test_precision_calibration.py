@@ -97,6 +97,7 @@ BAD = {
     "another file": (lambda folder: folder / "x.pt", r"x\.pt does not exist(.|\n)*an \.npz file"),
     "damaged": (lambda folder: damaged(folder / "x.npz"), r"x\.npz cannot be read"),
     "objects": (lambda folder: pickled(folder / "x.npz"), r"x\.npz cannot be read \(Object arrays cannot be loaded"),
+    "empty archive": (lambda folder: (np.savez(folder / "x.npz"), folder / "x.npz")[1], r"x\.npz holds no arrays"),
     "empty folder": (lambda folder: folder, "holds no samples"),
     "no batches": (lambda folder: [], "the batches given holds no samples"),
     "empty batch": (lambda folder: [X[:0]], "has an empty batch"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,8 @@ from deploy_sparse.engine.entry import Engine
 from deploy_sparse.engine.precision import agreement as agreement_module
 from deploy_sparse.engine.precision.reading import layer_formats
 from deploy_sparse.engine.target import in_precision, load_target
-from deploy_sparse.errors import BuildError, ConfigError
+from deploy_sparse.engine.watch import Stopped
+from deploy_sparse.errors import ArtifactError, BuildError, ConfigError
 
 LOW = ("fp16", "bf16", "int8", "fp8")
 QUANTIZED = ("int8", "fp8")
@@ -119,6 +123,86 @@ def test_graph_that_onnx_runtime_cannot_run_is_not_compared() -> None:
     found = agreement_module.agreement(plain, b"broken", [x], precision="fp16")
     assert [*found] == ["why_not"]
     assert "ONNX Runtime cannot run the lowered graph" in found["why_not"]
+
+
+def test_entries_that_are_no_numbers_in_fp32_are_left_out(tmp_path: Path) -> None:
+    """Of log(x) half of the outputs are NaN in float32 too; the others are compared."""
+    nodes = [helper.make_node("MatMul", ["input", "w"], ["a"], "product"), helper.make_node("Log", ["a"], ["output"])]
+    onnx.save(model_of(nodes, {"w": np.eye(4, dtype=np.float32)}), tmp_path / "x.onnx")
+    found = build_engine(tmp_path / "x.onnx", "cpu", out=tmp_path, precision="fp16").manifest["agreement"]
+    assert 0 < found["mean_abs"] < found["max_abs"] < 0.01
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("after", range(8))
+def test_a_build_stops_between_batches(after: int, precision: str, tmp_path: Path) -> None:
+    """Whatever look at ``cancel`` it is that finds it true: while calibrating, while comparing."""
+    asked = iter([False] * after)
+    with pytest.raises(Stopped, match=r"the build was cancelled(.|\n)*next step: start it again; nothing is left"):
+        build(
+            "packed", "cpu", tmp_path / "out", precision, calibration=[images(4)] * 8, cancel=lambda: next(asked, True)
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_advice_after_a_time_limit_is_not_another_precision(rtx: None, tmp_path: Path) -> None:
+    seen: list[object] = []  # of the compiler, which begins after the last look from outside
+
+    with pytest.raises(Stopped, match=r"cancelled(.|\n)*next step: start it again"):
+        build("packed", "rtx-sm89", tmp_path / "out", "fp16", progress=seen.append, cancel=lambda: bool(seen))
+    assert seen
+
+
+def test_no_room_for_the_quantizers_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("onnxruntime.quantization.quantize_static", full)
+    with pytest.raises(ArtifactError, match=r"cannot be written \(No space left on device\)(.|\n)*TMPDIR"):
+        build("packed", "cpu", tmp_path / "out", "int8", calibration=images())
+
+
+def test_a_graph_quantized_for_onnx_runtime_is_not_for_tensorrt(rtx: None, tmp_path: Path) -> None:
+    ours = build("packed", "cpu", tmp_path, "int8", calibration=images())
+    with pytest.raises(BuildError, match=r"DequantizeLinear(.|\n)*build from the float32 file, with calibration"):
+        build_engine(ours.path, "rtx-sm89", out=tmp_path, precision="int8")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_weights_that_are_inputs_too(precision: str, tmp_path: Path) -> None:
+    """As in every file of before 2019."""
+    model = model_of([helper.make_node("MatMul", ["input", "w"], ["output"])], {"w": 2 * np.eye(4, dtype=np.float32)})
+    model.graph.input.append(helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, [4, 4]))
+    onnx.save(model, tmp_path / "x.onnx")
+    x = np.random.default_rng(0).standard_normal((16, 4), np.float32)
+    engine = build_engine(tmp_path / "x.onnx", "cpu", out=tmp_path / "out", precision=precision, calibration=x)
+    assert [spec.name for spec in engine.inputs] == ["input"]
+    with engine.open() as runner:
+        assert np.abs(runner.run({"input": x})["output"] - 2 * x).max() < 0.05
+
+
+def test_result_before_a_relu_keeps_its_negative_numbers(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["input", "w"], ["before"], "product"),
+        helper.make_node("Relu", ["before"], ["output"], "relu"),
+    ]
+    model = model_of(nodes, {"w": np.eye(4, dtype=np.float32)})
+    model.graph.output.append(helper.make_tensor_value_info("before", onnx.TensorProto.FLOAT, ["n", 4]))
+    onnx.save(model, tmp_path / "x.onnx")
+    x = np.random.default_rng(0).standard_normal((64, 4), np.float32)
+    engine = build_engine(tmp_path / "x.onnx", "cpu", out=tmp_path / "out", precision="int8", calibration=x)
+    assert engine.manifest["agreement"]["max_rel"] < 0.02
+
+
+def test_advice_on_fp8_is_about_gpus_only_where_they_may_be_too_old(rtx: None, tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["input", "w"], ["a"], "product"),
+        helper.make_node("Dropout", ["a"], ["output", ""], "drop"),
+    ]
+    onnx.save(model_of(nodes, {"w": np.eye(4, dtype=np.float32)}), tmp_path / "x.onnx")
+    data = np.ones((16, 4), np.float32)
+    with pytest.raises(BuildError, match=r"node 'drop'(.|\n)*exclude the layer it names"):
+        build_engine(tmp_path / "x.onnx", "rtx-sm89", out=tmp_path / "out", precision="fp8", calibration=data)
 
 
 def test_activations_beyond_fp16_are_an_error(tmp_path: Path) -> None:
@@ -263,3 +347,12 @@ def test_foreign_file_with_norms_for_a_gpu(rtx: None, tmp_path: Path) -> None:
     engine = build_engine(tmp_path / "x.onnx", "rtx-sm89", out=tmp_path, precision="bf16")
     assert engine.manifest["opset"] >= 22
     assert engine.manifest["precision"]["layers"] == {"bf16": 1}
+
+
+def test_command_line_needs_no_torch_for_an_onnx_file(tmp_path: Path) -> None:
+    words = ["build", str(exported_network("packed").path), "--out", str(tmp_path), "--precision", "fp16"]
+    code = "import sys; from deploy_sparse.cli.main import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert "cpu-fp16" in done.stdout
+    assert done.stdout.endswith("\nFalse\n")
+    assert done.stderr == ""  # no line with progress in a pipe

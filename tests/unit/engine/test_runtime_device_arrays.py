@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -215,3 +216,22 @@ def test_engines_on_the_cpu_take_no_arrays_of_the_gpu(built: Engine, gpu: FakeGp
         pytest.raises(EngineError, match=r"runs on the CPU(.|\n)*call run, which takes NumPy arrays"),
     ):
         runner.run_on_gpu({"input": Foreign(gpu, np.zeros((1, 1, 8, 8), np.float32))})
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"typestr": None}, "KeyError"),
+        ({"data": 256}, "TypeError"),
+        ({"typestr": "zz"}, "TypeError"),
+        ({"strides": (4,)}, "ValueError"),
+        ({"mask": object()}, "it has a mask"),
+    ],
+)
+def test_interfaces_that_say_too_little_or_too_much(change: dict[str, object], why: str) -> None:
+    interface = {"shape": (2, 3), "typestr": "<f4", "data": (256, False), "version": 3, **change}
+    array = SimpleNamespace(
+        __cuda_array_interface__={k: v for k, v in interface.items() if (k, v) != ("typestr", None)}
+    )
+    with pytest.raises(EngineError, match=rf"'input' is a SimpleNamespace whose __cuda_array_interface__ .*{why}"):
+        device_views({"input": array}, 1)

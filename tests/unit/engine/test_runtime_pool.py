@@ -129,3 +129,18 @@ def test_closing_a_pool_refuses_waiting_calls_and_waits_for_running_ones() -> No
     assert pool.close() == ()
     with pytest.raises(EngineError, match="it is closed"), pool.borrow():
         raise AssertionError
+
+
+def test_a_close_that_was_interrupted_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(closed)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gate._condition, "wait_for", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            gate.close()
+    with pytest.raises(EngineError), gate:
+        pass
+    assert [gate.close(), gate.close()] == [True, False]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -274,3 +275,27 @@ def test_closing_after_a_failure_of_the_gpu_frees_what_there_is(load: Load, gpu:
     assert engine() is None
     with pytest.raises(EngineError, match="is closed"):
         prepared()
+
+
+def test_a_failure_at_any_step_of_loading_frees_what_there_is(load: Load, gpu: FakeGpu, monkeypatch) -> None:
+    load(contexts=3).close()
+    steps = [call for call in gpu.calls if not str(call[0]).endswith("Destroy")]
+    real, failed = FakeGpu.fails, 0
+    for number in range(len(steps)):
+        fresh, left = FakeGpu(), iter(range(number + 1))
+
+        def fails(self, name, *arguments, left=left):
+            real(self, name, *arguments)
+            return CudaError.cudaErrorIllegalAddress if next(left, None) == number else None  # noqa: B023
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeGpu, "fails", fails)
+            with suppress(EngineError):
+                session, failed = None, failed + 1
+                session = loader(fresh, patch)(contexts=3)
+            if session is not None:
+                failed -= 1
+                patch.setattr(FakeGpu, "fails", real)
+                session.close()
+        assert fresh.is_clean(), fresh.calls
+    assert failed >= 10

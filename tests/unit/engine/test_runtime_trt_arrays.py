@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from runtime_fakes import (
@@ -130,3 +132,16 @@ def test_no_library_for_memory(load, gpu: FakeGpu, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(CUDA, "none", lambda gpu: missing())
     with pytest.raises(MissingDependencyError, match="pip install cuda-python"):
         load(cuda="none")
+
+
+def test_arrays_on_another_gpu(load: Load, gpu: FakeGpu) -> None:
+    session, feeds = load(), images(2)
+    views = device_views({"input": Foreign(gpu, feeds["input"])}, 1)
+    result = device_views({"output": Foreign(gpu, expected(feeds))}, 1)
+    here, there = ({name: replace(view, device=number) for name, view in views.items()} for number in (0, 1))
+    session.run_on_gpu(here, result, 1)
+    with pytest.raises(EngineError, match=r"'input' is on GPU 1, and the engine on GPU 0(.|\n)*tensor.to\('cuda:0'\)"):
+        session.run_on_gpu(there, {}, 1)
+    elsewhere = {name: replace(view, device=1) for name, view in result.items()}
+    with pytest.raises(EngineError, match="'output' is on GPU 1"):
+        session.run_on_gpu(here, elsewhere, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import shutil
 import subprocess
@@ -339,3 +340,14 @@ def test_running_loads_neither_onnx_nor_the_kernel(built_torch: Engine) -> None:
     command = [sys.executable, "-W", "error", "-c", code, str(built_torch.folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_torch_engine_where_pytorch_is_not_installed(
+    tiny: TinyNet, examples: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build_engine(tiny, "torch-cpu", examples, tmp_path, name="tiny")
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "PyTorch is not installed" in str(engine.runnable())
+    with pytest.raises(EngineError, match=r"here: PyTorch is not installed\n.*\n  next step: install it: pip install"):
+        load_engine(engine)

@@ -210,6 +210,8 @@ RUNS = "__import__('os').system('false')"
         (GRAPH, in_graph((*NODE, "target"), "torch.os.system"), r"the operator 'torch.os.system'"),
         (GRAPH, in_graph((*NODE, "target"), "torch.ops.aten.from_file.default"), r"the operator 'torch.ops.aten.from_file.default'"),
         (GRAPH, in_graph((*NODE, "target"), "torch.ops.mine.relu.default"), r"the operator 'torch.ops.mine.relu.default'"),
+        (GRAPH, in_graph((*NODE, "target"), "torch.ops.deploy_sparse.relu.default"), r"the operator 'torch.ops.deploy_sparse.relu"),
+        (GRAPH, in_graph((*NODE, "target"), "torch.ops.deploy_sparse.tensorrt_part"), r"the operator 'torch.ops.deploy_sparse"),
         (GRAPH, in_graph((*NODE, "target"), "torch.ops.aten.__class__.mro"), r"the operator"),
         (GRAPH, in_graph((*NODE, "target"), "#mine:relu"), r"the operator '#mine:relu'"),
         (GRAPH, in_graph((*NODE, "metadata"), {"stack_trace": "x"}), "metadata of a node"),
