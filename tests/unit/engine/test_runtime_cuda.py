@@ -8,7 +8,8 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from runtime_fakes import CudaError, FakeDriver, FakeGpu, fake_bindings, fake_pycuda, fake_torch
+from cuda_fakes import CudaError, FakeDriver, FakeGpu, fake_bindings, fake_pycuda
+from torch_cuda_fakes import fake_torch
 
 from deploy_sparse.engine import _cuda, gpu
 from deploy_sparse.engine._cuda import Cuda, cuda_library

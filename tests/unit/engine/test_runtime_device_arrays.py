@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from cuda_fakes import FakeGpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runtime_fakes import FakeGpu, Foreign
+from runtime_fakes import Foreign
 
 from deploy_sparse.engine import device_arrays
 from deploy_sparse.engine.device_arrays import DeviceView, device_views, view_of_capsule

@@ -6,19 +6,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cuda_fakes import CudaError, FakeGpu
 from runtime_fakes import (
     CUDA,
-    CudaError,
     FakeEngine,
-    FakeGpu,
     Foreign,
     Load,
     Types,
     expected,
-    fake_torch,
     images,
     loader,
 )
+from torch_cuda_fakes import fake_torch
 
 from deploy_sparse.engine import _trt_session
 from deploy_sparse.engine._cuda import Cuda

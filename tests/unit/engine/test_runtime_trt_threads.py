@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from runtime_fakes import CUDA, CudaError, FakeEngine, FakeGpu, Load, Types, expected, image_engine, images, loader
+from cuda_fakes import CudaError, FakeGpu
+from runtime_fakes import CUDA, FakeEngine, Load, Types, expected, image_engine, images, loader
 
 from deploy_sparse.errors import EngineError
 
