@@ -16,7 +16,7 @@ class _Calls:
     """The library's functions with their error codes checked."""
 
     def __init__(self, library: Any) -> None:
-        self.library = library
+        self.cudart = library
 
     def __call__(self, name: str, *arguments: Any, doing: str = "") -> Any:
         """Call a function and return what it returns after the code: nothing, or one value.
@@ -24,9 +24,9 @@ class _Calls:
         Raises:
             EngineError: the code is not success.
         """
-        code, *values = getattr(self.library, name)(*arguments)
+        code, *values = getattr(self.cudart, name)(*arguments)
         if int(code):
-            if int(code) == int(self.library.cudaError_t.cudaErrorMemoryAllocation):
+            if int(code) == int(self.cudart.cudaError_t.cudaErrorMemoryAllocation):
                 raise out_of_memory(doing or f"in {name}")
             raise cuda_failed(name, self._reason(code))
         return values[0] if values else None
@@ -34,7 +34,7 @@ class _Calls:
     def _reason(self, code: Any) -> str:
         texts = []
         for name in ("cudaGetErrorName", "cudaGetErrorString"):
-            failed, text = getattr(self.library, name)(code)
+            failed, text = getattr(self.cudart, name)(code)
             texts.append(str(code) if int(failed) else bytes(text).decode(errors="replace"))
         return ": ".join(texts)
 
@@ -87,7 +87,7 @@ class BindingsCuda:
     def _copy(self, kind: str, to: int, source: int, nbytes: int, stream: Stream) -> None:
         if nbytes:
             self._calls(
-                "cudaMemcpyAsync", to, source, nbytes, getattr(self._calls.library.cudaMemcpyKind, kind), stream.handle
+                "cudaMemcpyAsync", to, source, nbytes, getattr(self._calls.cudart.cudaMemcpyKind, kind), stream.handle
             )
 
 
@@ -104,11 +104,11 @@ class _Buffer:
 class _Stream:
     def __init__(self, calls: _Calls) -> None:
         self._calls = calls
-        self._stream = calls("cudaStreamCreateWithFlags", calls.library.cudaStreamNonBlocking)
+        self._stream = calls("cudaStreamCreateWithFlags", calls.cudart.cudaStreamNonBlocking)
         self.handle = int(self._stream)
         self._order: Any = None
         try:
-            self._order = calls("cudaEventCreateWithFlags", calls.library.cudaEventDisableTiming)
+            self._order = calls("cudaEventCreateWithFlags", calls.cudart.cudaEventDisableTiming)
         except EngineError:
             self.close()
             raise
@@ -134,7 +134,7 @@ class _Stream:
         self._calls("cudaStreamWaitEvent", handle, self._order, 0)
 
     def capture(self, enqueue: Callable[[], None]) -> _Graph:
-        mode = self._calls.library.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        mode = self._calls.cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._calls("cudaStreamBeginCapture", self.handle, mode)
         try:
             enqueue()

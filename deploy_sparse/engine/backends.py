@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +70,7 @@ def backend_of(target: Target) -> Backend:
     return _BACKENDS[target.runtime]
 
 
-class _FromOnnx:
+class _FromOnnx(ABC):
     """What builds from an ONNX graph have in common."""
 
     def source(self, subject: Any, example_inputs: Any, target: Target, scratch: Path) -> tuple[Source, bytes]:
@@ -88,8 +89,9 @@ class _FromOnnx:
         except BuildError as problem:
             raise advised(problem, target) from problem
 
+    @abstractmethod
     def _compiled(self, source: OnnxFile, data: bytes, types: frozenset[str], target: Target, watch: Watch) -> Built:
-        raise NotImplementedError
+        """What this runtime makes of a graph whose types ``types`` are those of the target's precision."""
 
 
 class _OnnxRuntime(_FromOnnx):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from engine_samples import TinyNet, make_tiny
 
+from deploy_sparse.engine import _trt
 from deploy_sparse.engine.build import build_engine
 from deploy_sparse.engine.entry import Engine
 from deploy_sparse.engine.export import export_onnx
@@ -45,3 +46,19 @@ def built_rtx(exported: OnnxFile, tmp_path_factory: pytest.TempPathFactory) -> E
 def entry(built: Engine, tmp_path: Path) -> Path:
     """A copy of the CPU engine's folder that a test may damage."""
     return Path(shutil.copytree(built.folder, tmp_path / built.folder.name))
+
+
+GPU_TARGETS = [("rtx-portable", "tensorrt_rtx"), ("tensorrt", "tensorrt")]
+
+
+@pytest.fixture(params=GPU_TARGETS, ids=[name for name, _ in GPU_TARGETS])
+def engine(request: pytest.FixtureRequest, exported: OnnxFile, tmp_path: Path) -> Engine:
+    """One of a TensorRT flavour that runs on this machine's GPU."""
+    target, library = request.param
+    pytest.importorskip(library, reason=f"needs {library}", exc_type=ImportError)
+    if _trt.local_gpu() is None:
+        pytest.skip("no NVIDIA GPU here")
+    engine = build_engine(exported, target, out=tmp_path)
+    if reason := engine.runnable():
+        pytest.skip(reason)
+    return engine

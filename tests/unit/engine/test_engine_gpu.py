@@ -4,37 +4,19 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from deploy_sparse.engine import _trt, _trt_session
+from deploy_sparse.engine import _trt_session
 from deploy_sparse.engine._cuda_bindings import BindingsCuda
 from deploy_sparse.engine._cuda_pycuda import PycudaCuda
-from deploy_sparse.engine.build import build_engine
 from deploy_sparse.engine.entry import Engine
-from deploy_sparse.engine.onnx_file import OnnxFile
 from deploy_sparse.engine.runner import load_engine
 from deploy_sparse.errors import EngineError
 
 pytestmark = pytest.mark.gpu
-
-
-TARGETS = [("rtx-portable", "tensorrt_rtx"), ("tensorrt", "tensorrt")]
-
-
-@pytest.fixture(params=TARGETS, ids=[name for name, _ in TARGETS])
-def engine(request: pytest.FixtureRequest, exported: OnnxFile, tmp_path: Path) -> Engine:
-    target, library = request.param
-    pytest.importorskip(library, reason=f"needs {library}", exc_type=ImportError)
-    if _trt.local_gpu() is None:
-        pytest.skip("no NVIDIA GPU here")
-    engine = build_engine(exported, target, out=tmp_path)
-    if reason := engine.runnable():
-        pytest.skip(reason)
-    return engine
 
 
 @pytest.fixture(params=["torch", "cuda.bindings.runtime", "pycuda.driver"])

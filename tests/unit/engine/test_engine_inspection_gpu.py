@@ -7,26 +7,10 @@ from pathlib import Path
 import pytest
 
 from deploy_sparse.bundle import bundle_engine, open_bundle
-from deploy_sparse.engine import _trt
-from deploy_sparse.engine.build import build_engine
 from deploy_sparse.engine.entry import Engine
 from deploy_sparse.engine.inspection import inspect_engine
-from deploy_sparse.engine.onnx_file import OnnxFile
 
 pytestmark = pytest.mark.gpu
-TARGETS = [("rtx-portable", "tensorrt_rtx"), ("tensorrt", "tensorrt")]
-
-
-@pytest.fixture(params=TARGETS, ids=[name for name, _ in TARGETS])
-def engine(request: pytest.FixtureRequest, exported: OnnxFile, tmp_path: Path) -> Engine:
-    target, library = request.param
-    pytest.importorskip(library, reason=f"needs {library}", exc_type=ImportError)
-    if _trt.local_gpu() is None:
-        pytest.skip("no NVIDIA GPU here")
-    engine = build_engine(exported, target, out=tmp_path)
-    if reason := engine.runnable():
-        pytest.skip(reason)
-    return engine
 
 
 def test_the_inspector_tells_layers_and_shapes(engine: Engine) -> None:
