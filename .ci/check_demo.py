@@ -6,7 +6,7 @@ from pathlib import Path
 
 from deploy_sparse import Ticket, load_compact, load_engine
 from deploy_sparse.engine.entry import open_entry
-from deploy_sparse.engine.onnx_file import read_onnx
+from deploy_sparse.engine.onnx.file import read_onnx
 from deploy_sparse.measure.record import read_records
 from deploy_sparse.surgery.plan import SurgeryPlan
 

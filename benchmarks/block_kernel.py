@@ -23,9 +23,9 @@ import torch
 from torch import nn
 
 from deploy_sparse.artifact import environment, write_bytes
-from deploy_sparse.engine.block_layout import prepare
-from deploy_sparse.engine.gpu import local_gpu
-from deploy_sparse.engine.kernel import block_conv2d
+from deploy_sparse.engine.blocks.kernel import block_conv2d
+from deploy_sparse.engine.blocks.layout import prepare
+from deploy_sparse.engine.cuda.gpu import local_gpu
 from deploy_sparse.errors import EngineError
 from deploy_sparse.measure.interleave import Samples, interleave
 from deploy_sparse.measure.table import Table, markdown

@@ -35,7 +35,7 @@ from deploy_sparse import data, zoo
 from deploy_sparse.api import oneshot_ticket
 from deploy_sparse.engine.build import build_engine
 from deploy_sparse.engine.entry import Engine
-from deploy_sparse.engine.export import export_onnx
+from deploy_sparse.engine.onnx.export import export_onnx
 from deploy_sparse.engine.runner import load_engine
 from deploy_sparse.engine.target import load_target
 from deploy_sparse.errors import DeploySparseError

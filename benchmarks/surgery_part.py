@@ -31,7 +31,7 @@ from torch import nn
 
 from deploy_sparse.api import oneshot_ticket
 from deploy_sparse.engine.build import build_engine
-from deploy_sparse.engine.export import export_onnx
+from deploy_sparse.engine.onnx.export import export_onnx
 from deploy_sparse.errors import DeploySparseError, MissingDependencyError
 from deploy_sparse.surgery.plan import Decision, SurgeryPlan, decide
 from deploy_sparse.surgery.verify import verify

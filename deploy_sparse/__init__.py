@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .bundle.opened import open_bundle as open_bundle
     from .dynamic import dynamic_sparsity as dynamic_sparsity
     from .engine.build import build_engine as build_engine
-    from .engine.export import export_onnx as export_onnx
+    from .engine.onnx.export import export_onnx as export_onnx
     from .engine.runner import load_engine as load_engine
     from .measure.profile import profile as profile
     from .ticket import Ticket as Ticket
@@ -31,7 +31,7 @@ _HOMES = {
     "load_program": ".api",
     "oneshot_ticket": ".api",
     "dynamic_sparsity": ".dynamic",
-    "export_onnx": ".engine.export",
+    "export_onnx": ".engine.onnx.export",
     "build_engine": ".engine.build",
     "bundle_engine": ".bundle.make",
     "open_bundle": ".bundle.opened",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ..engine.external import is_plain_name
+from ..engine.onnx.external import is_plain_name
 from ..errors import ArtifactError
 from .placing import PIECE, Content
 

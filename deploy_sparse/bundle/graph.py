@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..engine._ort import OrtSession
-from ..engine.onnx_file import parse_graph
+from ..engine.onnx.file import parse_graph
+from ..engine.onnx.runtime import OrtSession
 from ..errors import BuildError
 
 if TYPE_CHECKING:

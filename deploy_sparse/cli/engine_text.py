@@ -56,8 +56,8 @@ def _of_engine(path: Path) -> tuple[dict[str, Any], Inspection]:
 
 def _of_graph(path: Path) -> tuple[dict[str, Any], Inspection]:
     from ..engine.inspection import Inspection
-    from ..engine.onnx_file import read_onnx
-    from ..engine.onnx_nodes import nodes_of
+    from ..engine.onnx.file import read_onnx
+    from ..engine.onnx.nodes import nodes_of
 
     file = read_onnx(path)
     return {"path": str(path), "opset": file.opset}, Inspection("ONNX graph", None, nodes_of(file.read(), {}, path))

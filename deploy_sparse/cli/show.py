@@ -112,7 +112,7 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _onnx(path: Path) -> tuple[dict[str, Any], str]:
-    from ..engine.onnx_file import read_onnx
+    from ..engine.onnx.file import read_onnx
 
     file = read_onnx(path)
     value = {"kind": "onnx", "sha256": file.sha256, **file.sidecar()}

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..errors import BuildError
 from .entry import ONNX_FILE, PLAN_FILE, PROGRAM_FILE
 from .float_formats import advised, check_graph, check_network, precision_of
-from .onnx_file import OnnxFile, float_types, parity_as_json, parse_graph
+from .onnx.file import OnnxFile, float_types, parity_as_json, parse_graph
 from .precision.building import is_lowering
 from .source import module_of, onnx_of, payload_of
 from .target import Target
 from .watch import Stopped, Watch
 
 if TYPE_CHECKING:
-    from ._torch_build import TorchProgram
-    from ._torch_trt_build import TorchTrtSource
+    from .pytorch.build import TorchProgram
+    from .torch_trt.build import TorchTrtSource
 
     Source = OnnxFile | TorchProgram | TorchTrtSource
 
@@ -99,12 +99,12 @@ class _OnnxRuntime(_FromOnnx):
         """Nothing: it is a dependency of this package."""
 
     def maker(self, target: Target) -> Maker:
-        from . import _ort
+        from .onnx import runtime as ort
 
-        return Maker(_ort.VERSION)
+        return Maker(ort.VERSION)
 
     def _compiled(self, source: OnnxFile, data: bytes, types: frozenset[str], target: Target, watch: Watch) -> Built:
-        from ._ort import OrtSession
+        from .onnx.runtime import OrtSession
 
         folder = source.path.parent if source.weights else None
         OrtSession(data, target.threads, folder=folder).close()  # refuses operators it does not have
@@ -115,18 +115,18 @@ class _OnnxRuntime(_FromOnnx):
 
 class _TensorRT(_FromOnnx):
     def require(self, target: Target) -> None:
-        from ._trt import builder_library
+        from .trt.library import builder_library
 
         builder_library(target)
 
     def maker(self, target: Target) -> Maker:
-        from . import _trt
+        from .trt import library as trt_library
 
-        version = str(_trt.library(target.runtime).__version__)
+        version = str(trt_library.library(target.runtime).__version__)
         return Maker(version, _this_gpu() if target.runtime == "tensorrt" else None)  # RTX compiles for no one GPU
 
     def _compiled(self, source: OnnxFile, data: bytes, types: frozenset[str], target: Target, watch: Watch) -> Built:
-        from ._trt import compile_onnx
+        from .trt.library import compile_onnx
 
         path = source.path if source.weights else None
         compiled = compile_onnx(data, target, source.inputs, watch=watch, path=path)
@@ -143,19 +143,19 @@ class _Torch:
         """Nothing: a program is exported on the CPU."""
 
     def maker(self, target: Target) -> Maker:
-        from ._torch_build import VERSION
+        from .pytorch.build import VERSION
 
         return Maker(VERSION)
 
     def source(self, subject: Any, example_inputs: Any, target: Target, scratch: Path) -> tuple[Source, bytes]:
         module, inputs = module_of(subject, example_inputs)
-        from ._torch_build import torch_program
+        from .pytorch.build import torch_program
 
         program = torch_program(module, inputs, target)
         return program, program.data
 
     def compile(self, source: Source, data: bytes, target: Target, watch: Watch) -> Built:
-        from ._torch_build import TorchProgram
+        from .pytorch.build import TorchProgram
 
         assert isinstance(source, TorchProgram)
         border = "" if target.precision == "fp32" else " between its float32 inputs and outputs"
@@ -164,24 +164,24 @@ class _Torch:
 
 class _TorchTensorRT:
     def require(self, target: Target) -> None:
-        from . import _torch_trt
+        from .torch_trt import library as torch_trt_library
 
-        _torch_trt.builder_library(target)
+        torch_trt_library.builder_library(target)
 
     def maker(self, target: Target) -> Maker:
-        from . import _torch_trt
+        from .torch_trt import library as torch_trt_library
 
-        return Maker(_torch_trt.version(), _this_gpu())
+        return Maker(torch_trt_library.version(), _this_gpu())
 
     def source(self, subject: Any, example_inputs: Any, target: Target, scratch: Path) -> tuple[Source, bytes]:
         module, inputs = module_of(subject, example_inputs)
-        from ._torch_trt_build import torch_trt_source
+        from .torch_trt.build import torch_trt_source
 
         traced = torch_trt_source(module, inputs, target)
         return traced, traced.data
 
     def compile(self, source: Source, data: bytes, target: Target, watch: Watch) -> Built:
-        from ._torch_trt_build import READ_FROM, TorchTrtSource, compile_program
+        from .torch_trt.build import READ_FROM, TorchTrtSource, compile_program
 
         assert isinstance(source, TorchTrtSource)
         made = compile_program(source, target, watch=watch)
@@ -190,9 +190,9 @@ class _TorchTensorRT:
 
 
 def _this_gpu() -> dict[str, str] | None:
-    from . import _trt
+    from .trt import library as trt_library
 
-    gpu = _trt.local_gpu()
+    gpu = trt_library.local_gpu()
     return {"name": gpu.name, "capability": gpu.capability} if gpu else None
 
 

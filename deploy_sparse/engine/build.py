@@ -16,7 +16,7 @@ from ..artifact import FORMAT_VERSION, digest_of, environment, write_artifact
 from ..errors import ArtifactError, BuildError, ConfigError, nearest
 from .backends import Backend, Built, Maker, backend_of
 from .entry import KIND, ONNX_FILE, PLAN_FILE, PROGRAM_FILE, Engine, open_entry
-from .onnx_file import OnnxFile, parity_as_json
+from .onnx.file import OnnxFile, parity_as_json
 from .precision.building import LoweredFile, calibration_of, is_lowering, lower, lowering_key
 from .precision.calibration import Calibration
 from .single_flight import single_flight

@@ -29,19 +29,19 @@ def obstacle(manifest: Mapping[str, Any]) -> Obstacle | None:
     if runtime == "onnxruntime":
         return None
     if runtime == "torch-tensorrt":
-        from . import _torch_trt
+        from .torch_trt import library as torch_trt_library
 
-        return _torch_trt.obstacle(manifest)
-    from . import _trt
+        return torch_trt_library.obstacle(manifest)
+    from .trt import library as trt_library
 
     if runtime != "torch":
-        return _trt.obstacle(manifest)
+        return trt_library.obstacle(manifest)
     if "torch" not in sys.modules and importlib.util.find_spec("torch") is None:
         built = f"PyTorch {manifest['runtime']['version']} or newer"
         return Obstacle("PyTorch is not installed", built, "install it: pip install torch", None)
     if (found := _older_torch(manifest)) is not None:
         return found
-    if manifest["target"]["device"] == "cuda" and _trt.local_gpu() is None:
+    if manifest["target"]["device"] == "cuda" and trt_library.local_gpu() is None:
         fix = "load it on a machine with one, or build for the CPU"
         return Obstacle("no NVIDIA GPU", "an NVIDIA GPU and its driver", fix, "torch-cpu")
     return None
@@ -55,13 +55,13 @@ def version_obstacle(manifest: Mapping[str, Any]) -> Obstacle | None:
     if runtime == "torch":
         return _older_torch(manifest)
     if runtime == "torch-tensorrt":
-        from . import _torch_trt
+        from .torch_trt import library as torch_trt_library
 
-        return _torch_trt.version_obstacle(manifest)
-    from . import _trt
+        return torch_trt_library.version_obstacle(manifest)
+    from .trt import library as trt_library
 
     try:
-        return _trt.other_version(manifest)
+        return trt_library.other_version(manifest)
     except MissingDependencyError:
         return None
 

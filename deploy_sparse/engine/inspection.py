@@ -117,7 +117,7 @@ def inspect_engine(engine: str | Path | Engine) -> Inspection:
             why = "it holds host code, which inspecting does not run"
         if why is None:
             return Inspection("TensorRT's inspector", None, parse_inspector(_inspector_text(found)))
-    from .onnx_nodes import nodes_of
+    from .onnx.nodes import nodes_of
 
     extents = {name: axis["opt"] for name, axis in found.axes.items()}
     return Inspection("ONNX graph", why, nodes_of(_bytes(found, found.folder / ONNX_FILE), extents))
@@ -176,7 +176,7 @@ def _joined(tensors: tuple[TensorInfo, ...]) -> str:
 
 def _inspector_text(engine: Engine) -> str:
     """What the inspector says of an engine that runs on this machine, at the shapes that it is tuned for."""
-    from ._trt import last_errors, library, process_logger
+    from .trt.library import last_errors, library, process_logger
 
     trt = library(engine.target.runtime)
     runtime = trt.Runtime(process_logger(engine.target.runtime))  # must outlive the engine

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from ..errors import BuildError, ExportError
-from ._ort import OrtSession
-from .onnx_file import Parity
+from .onnx.file import Parity
+from .onnx.runtime import OrtSession
 from .tensors import Feeds, TensorSpec
 
 TOLERANCE = 1e-4  # of the largest output magnitude; a correct fp32 graph stays near 1e-6

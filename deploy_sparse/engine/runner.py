@@ -17,7 +17,7 @@ from .pool import Gate
 from .tensors import Feeds, TensorSpec, check_batch, check_feeds, check_outputs, placed_form, sample_feeds
 
 if TYPE_CHECKING:
-    from .device_arrays import DeviceView
+    from .cuda.arrays import DeviceView
 
 
 class Session(Protocol):
@@ -82,7 +82,7 @@ class Runner:
         """Run once on arrays that are on the GPU, without copies; for engines on a GPU.
 
         Where torch is imported the results are torch tensors, and the call is like one of torch's own: queued, and
-        ordered to the current stream. Otherwise they are :class:`deploy_sparse.engine.device_arrays.DeviceArray`, for
+        ordered to the current stream. Otherwise they are :class:`deploy_sparse.engine.cuda.arrays.DeviceArray`, for
         anything that reads ``__cuda_array_interface__``, and complete when the call returns.
 
         Args:
@@ -103,7 +103,7 @@ class Runner:
                     expected="an engine of a target for a GPU",
                     fix="call run, which takes NumPy arrays",
                 )
-            from .device_arrays import callers_stream, device_views
+            from .cuda.arrays import callers_stream, device_views
 
             stream = callers_stream()
             views = device_views(feeds, stream)
@@ -207,7 +207,7 @@ def load_engine(
         return Runner(engine, _torch_trt_session(engine, cuda_graph))
     if engine.target.on_gpu:
         return Runner(engine, _gpu_session(engine, allow_host_code, contexts, cuda_graph))
-    from ._ort import OrtSession
+    from .onnx.runtime import OrtSession
 
     folder = engine.folder if engine.weights else None
     return Runner(engine, OrtSession(_engine_bytes(engine), engine.target.threads, folder=folder))
@@ -233,7 +233,7 @@ def _gpu_session(engine: Engine, allow_host_code: bool, contexts: int, cuda_grap
             expected="an engine without host code, or leave to run it",
             fix="if you trust where it comes from: load_engine(path, allow_host_code=True)",
         )
-    from ._trt_session import TrtSession
+    from .trt.session import TrtSession
 
     weights = _verified(engine, engine.folder / ONNX_FILE) if engine.target.strip else None
     return TrtSession(
@@ -256,7 +256,7 @@ def _torch_trt_session(engine: Engine, cuda_graph: bool) -> Session:
             expected=found.expected,
             fix=f"{found.fix}: {engine.build_command(found.target)}" if found.target else found.fix,
         )
-    from ._torch_trt_session import TorchTrtSession
+    from .torch_trt.session import TorchTrtSession
 
     names = [spec.name for spec in engine.inputs], [spec.name for spec in engine.outputs]
     target = engine.target.model_copy(update={"cuda_graph": True}) if cuda_graph else engine.target
@@ -272,7 +272,7 @@ def _torch_session(engine: Engine, cuda_graph: bool) -> Session:
             expected=found.expected,
             fix=f"{found.fix}: {engine.build_command(found.target)}" if found.target else found.fix,
         )
-    from ._torch_session import TorchSession
+    from .pytorch.session import TorchSession
 
     names = [spec.name for spec in engine.inputs], [spec.name for spec in engine.outputs]
     data = _engine_bytes(engine)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from ..artifact import kind_of, sha256_file
 from ..errors import ArtifactError, BuildError
 from .entry import ONNX_FILE, OWN_FILES, Engine
-from .onnx_file import OnnxFile, read_onnx, sidecar_path
+from .onnx.file import OnnxFile, read_onnx, sidecar_path
 
 _EXPECTED = "an nn.Module (or an object with one in .module), the path of an ONNX file, or an OnnxFile"
 
@@ -27,7 +27,7 @@ def onnx_of(subject: Any, example_inputs: Any, scratch: Path) -> OnnxFile:
     if isinstance(subject, str | Path) and not Path(subject).is_dir():
         return read_onnx(subject)
     module, inputs = module_of(subject, example_inputs)
-    from .export import export_onnx
+    from .onnx.export import export_onnx
 
     return export_onnx(module, inputs, scratch)
 

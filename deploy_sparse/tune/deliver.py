@@ -19,8 +19,8 @@ from pydantic import Field
 from ..config import Config
 from ..engine.build import build_engine, require_runtime
 from ..engine.entry import Engine
-from ..engine.export import export_onnx
-from ..engine.onnx_file import OnnxFile
+from ..engine.onnx.export import export_onnx
+from ..engine.onnx.file import OnnxFile
 from ..engine.target import Target, load_target
 from ..errors import ArtifactError, BuildError, ConfigError, MissingDependencyError
 from ..measure.contents import Report, final_table, untimed_table, verdicts

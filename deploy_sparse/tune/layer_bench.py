@@ -15,8 +15,8 @@ from torch import nn
 
 from ..artifact import digest_of, environment, read_json, write_json
 from ..engine.build import build_engine
-from ..engine.onnx_file import OnnxFile
-from ..engine.pieces import export_pieces
+from ..engine.onnx.file import OnnxFile
+from ..engine.onnx.pieces import export_pieces
 from ..engine.target import Target
 from ..errors import ArtifactError, BuildError, EngineError, ExportError
 from ..measure.profile import profile

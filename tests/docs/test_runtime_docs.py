@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy_sparse.engine._trt_worker import _GRAPHS
 from deploy_sparse.engine.runner import Runner
+from deploy_sparse.engine.trt.worker import _GRAPHS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "runtime.md"
 TEXT = PAGE.read_text()

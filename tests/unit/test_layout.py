@@ -65,9 +65,9 @@ ALLOWED = {
 HEAVY = {"torch", "torchvision", "onnx", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx", "torch_tensorrt",
          "sklearn", "matplotlib", "safetensors", "jinja2", "pydantic", "rich", "numpy", "pycuda", "triton"}  # fmt: skip
 OWNERS = {
-    "tensorrt": "engine/_trt.py",
-    "tensorrt_rtx": "engine/_trt.py",
-    "triton": "engine/_triton.py",
+    "tensorrt": "engine/trt/library.py",
+    "tensorrt_rtx": "engine/trt/library.py",
+    "triton": "engine/blocks/triton_kernel.py",
     "sklearn": "data/",
 }
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 
 from ...errors import BuildError, EngineError
-from .._ort import OrtSession
+from ..onnx.runtime import OrtSession
 from ..watch import Stopped
 
 

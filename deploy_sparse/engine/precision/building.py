@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import BuildError
-from ..onnx_file import OnnxFile, describe_graph, parse_graph
+from ..onnx.file import OnnxFile, describe_graph, parse_graph
 from ..target import RUNTIMES_OF, Target
 from ..tensors import TensorSpec, sample_feeds
 from ..watch import Watch

@@ -11,8 +11,8 @@ from onnx import TensorProto, helper
 
 from deploy_sparse.bundle import bundle_engine, open_bundle
 from deploy_sparse.bundle.graph import run_graph
-from deploy_sparse.engine._ort import OrtSession
 from deploy_sparse.engine.build import build_engine
+from deploy_sparse.engine.onnx.runtime import OrtSession
 from deploy_sparse.errors import BuildError, ConfigError
 
 CALIBRATION = np.random.default_rng(0).standard_normal((16, 1, 8, 8)).astype(np.float32)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.nn.functional import conv2d
 
-from deploy_sparse.engine.block_layout import BlockLayout, prepare
-from deploy_sparse.engine.kernel import block_conv2d
+from deploy_sparse.engine.blocks.kernel import block_conv2d
+from deploy_sparse.engine.blocks.layout import BlockLayout, prepare
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Case:
 
 def try_case(case: Case, device: str = "cpu") -> dict[str, Any]:
     """Worst error over the allowed one, and what came out besides."""
-    from deploy_sparse.engine._triton import Tile
+    from deploy_sparse.engine.blocks.triton_kernel import Tile
 
     x, layout = case.tensors()[0], case.layout()
     tile = None if case.tile is None else Tile(*case.tile)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from engine_samples import TinyNet, make_tiny
 
-from deploy_sparse.engine import _trt
 from deploy_sparse.engine.build import build_engine
 from deploy_sparse.engine.entry import Engine
-from deploy_sparse.engine.export import export_onnx
-from deploy_sparse.engine.onnx_file import OnnxFile
+from deploy_sparse.engine.onnx.export import export_onnx
+from deploy_sparse.engine.onnx.file import OnnxFile
+from deploy_sparse.engine.trt import library as trt_library
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +56,7 @@ def engine(request: pytest.FixtureRequest, exported: OnnxFile, tmp_path: Path) -
     """One of a TensorRT flavour that runs on this machine's GPU."""
     target, library = request.param
     pytest.importorskip(library, reason=f"needs {library}", exc_type=ImportError)
-    if _trt.local_gpu() is None:
+    if trt_library.local_gpu() is None:
         pytest.skip("no NVIDIA GPU here")
     engine = build_engine(exported, target, out=tmp_path)
     if reason := engine.runnable():

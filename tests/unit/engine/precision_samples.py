@@ -14,8 +14,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from deploy_sparse.engine.export import export_onnx
-from deploy_sparse.engine.onnx_file import OnnxFile
+from deploy_sparse.engine.onnx.export import export_onnx
+from deploy_sparse.engine.onnx.file import OnnxFile
 
 IMAGE = (3, 16, 16)
 

@@ -19,11 +19,11 @@ import pytest
 from cuda_fakes import FakeDriver, FakeGpu, Work, fake_bindings, fake_pycuda
 from torch_cuda_fakes import fake_torch
 
-from deploy_sparse.engine import _trt_session
-from deploy_sparse.engine._cuda_bindings import BindingsCuda
-from deploy_sparse.engine._cuda_pycuda import PycudaCuda
-from deploy_sparse.engine._cuda_torch import TorchCuda
-from deploy_sparse.engine._trt_session import TrtSession
+from deploy_sparse.engine.cuda.with_bindings import BindingsCuda
+from deploy_sparse.engine.cuda.with_pycuda import PycudaCuda
+from deploy_sparse.engine.cuda.with_torch import TorchCuda
+from deploy_sparse.engine.trt import session as trt_session
+from deploy_sparse.engine.trt.session import TrtSession
 
 
 class Types(Enum):
@@ -188,7 +188,7 @@ class Foreign:
 
 def install(gpu: FakeGpu, engine: FakeEngine, runtime: str, version: str) -> None:
     """Put TensorRT, cuda-python and the driver of a SM89 GPU into this process, for good; for programs of tests."""
-    from deploy_sparse.engine import gpu as module
+    from deploy_sparse.engine.cuda import gpu as module
 
     sys.modules[runtime.replace("-", "_")] = fake_tensorrt(engine, runtime.replace("-", "_"), version)
     sys.modules["cuda"], sys.modules["cuda.bindings"] = ModuleType("cuda"), ModuleType("cuda.bindings")
@@ -210,9 +210,9 @@ def loader(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Load:
 
     def load(engine: FakeEngine | None = None, *, cuda: str = "cuda-python", plan: bytes = b"plan", **options: object):
         library = fake_tensorrt(engine or image_engine(gpu))
-        monkeypatch.setattr(_trt_session, "library", lambda runtime: library)
-        monkeypatch.setattr(_trt_session, "process_logger", lambda runtime: "logger")
-        monkeypatch.setattr(_trt_session, "cuda_library", lambda: CUDA[cuda](gpu))
+        monkeypatch.setattr(trt_session, "library", lambda runtime: library)
+        monkeypatch.setattr(trt_session, "process_logger", lambda runtime: "logger")
+        monkeypatch.setattr(trt_session, "cuda_library", lambda: CUDA[cuda](gpu))
         return TrtSession(plan, "tensorrt", "deploy-sparse build …", **options)
 
     return load

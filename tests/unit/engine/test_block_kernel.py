@@ -18,9 +18,9 @@ from block_kernel_cases import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import deploy_sparse.engine
-from deploy_sparse.engine.block_layout import prepare
-from deploy_sparse.engine.kernel import block_conv2d
+import deploy_sparse.engine.blocks
+from deploy_sparse.engine.blocks.kernel import block_conv2d
+from deploy_sparse.engine.blocks.layout import prepare
 from deploy_sparse.errors import EngineError, MissingDependencyError
 
 Run = Callable[[Case], dict]
@@ -150,7 +150,9 @@ def test_inputs_that_do_not_fit() -> None:
 
 
 def test_the_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    triton = pytest.importorskip("deploy_sparse.engine._triton", reason="needs Triton", exc_type=ImportError)
+    triton = pytest.importorskip(
+        "deploy_sparse.engine.blocks.triton_kernel", reason="needs Triton", exc_type=ImportError
+    )
     monkeypatch.setattr(triton, "INTERPRETED", False)
     with pytest.raises(EngineError, match=r"tensor on the CPU(.|\n)*TRITON_INTERPRET=1"):
         block_conv2d(PLAIN.tensors()[0], PLAIN.layout())
@@ -158,8 +160,8 @@ def test_the_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "deploy_sparse.engine._triton", raising=False)
-    monkeypatch.delattr(deploy_sparse.engine, "_triton", raising=False)
+    monkeypatch.delitem(sys.modules, "deploy_sparse.engine.blocks.triton_kernel", raising=False)
+    monkeypatch.delattr(deploy_sparse.engine.blocks, "triton_kernel", raising=False)
     with pytest.raises(
         MissingDependencyError, match=r"triton is not there(.|\n)*pip install triton, or .* native form"
     ):
@@ -174,7 +176,9 @@ def test_compiles_for_gpus_without_one(
     capability: int, dtype: str, instruction: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensor cores are used and 16 bytes are loaded at a time, and what TensorRT gets assembles."""
-    triton = pytest.importorskip("deploy_sparse.engine._triton", reason="needs Triton", exc_type=ImportError)
+    triton = pytest.importorskip(
+        "deploy_sparse.engine.blocks.triton_kernel", reason="needs Triton", exc_type=ImportError
+    )
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     weight = torch.zeros(256, 256, 3, 3, dtype=torch.float16 if dtype == "fp16" else torch.float32)
     shape = prepare(weight, [(range(b, 256, 4), range(64 * b, 64 * b + 64)) for b in range(4)], padding=1).shape
@@ -199,7 +203,9 @@ def test_compiles_for_gpus_without_one(
 
 
 def test_ptx_that_uses_its_last_parameters_is_refused() -> None:
-    triton = pytest.importorskip("deploy_sparse.engine._triton", reason="needs Triton", exc_type=ImportError)
+    triton = pytest.importorskip(
+        "deploy_sparse.engine.blocks.triton_kernel", reason="needs Triton", exc_type=ImportError
+    )
     ptx = ".entry f(\n\t.param .u64 f_param_0,\n\t.param .u64 f_param_1\n)\n{ ld.param.b64 %rd1, [f_param_0]; }"
     assert triton.without_parameters_after(ptx, 1) == ptx.replace(",\n\t.param .u64 f_param_1\n", "")
     for wrong, count in ((ptx.replace("[f_param_0]", "[f_param_1]"), 1), (ptx, 3), ("nothing", 1)):
@@ -211,7 +217,9 @@ def test_ptx_that_uses_its_last_parameters_is_refused() -> None:
 @pytest.mark.parametrize("step", [16, 32, 64, 128])
 @pytest.mark.parametrize("max_rows", [1, 16, 17, 64, 512])
 def test_some_tile_fits_every_layout(max_rows: int, step: int, element_bytes: int) -> None:
-    triton = pytest.importorskip("deploy_sparse.engine._triton", reason="needs Triton", exc_type=ImportError)
+    triton = pytest.importorskip(
+        "deploy_sparse.engine.blocks.triton_kernel", reason="needs Triton", exc_type=ImportError
+    )
     found = triton.fitting(max_rows, step, element_bytes)
     assert found
     assert all(step % tile.columns == 0 and tile.columns * element_bytes <= 128 for tile in found)

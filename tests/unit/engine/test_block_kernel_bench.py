@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy_sparse.engine.gpu import Gpu
+from deploy_sparse.engine.cuda.gpu import Gpu
 from deploy_sparse.measure.interleave import Samples
 
 FILE = Path(__file__).resolve().parents[3] / "benchmarks" / "block_kernel.py"

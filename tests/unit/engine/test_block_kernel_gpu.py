@@ -8,8 +8,8 @@ import pytest
 import torch
 from block_kernel_cases import Case, try_case
 
-from deploy_sparse.engine.gpu import local_gpu
-from deploy_sparse.engine.kernel import block_conv2d
+from deploy_sparse.engine.blocks.kernel import block_conv2d
+from deploy_sparse.engine.cuda.gpu import local_gpu
 
 pytestmark = pytest.mark.gpu
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy_sparse.engine.block_layout import BlockLayout, prepare
+from deploy_sparse.engine.blocks.layout import BlockLayout, prepare
 from deploy_sparse.errors import ConfigError
 
 

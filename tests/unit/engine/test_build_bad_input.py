@@ -11,7 +11,7 @@ import pytest
 from deploy_sparse import artifact
 from deploy_sparse.engine.build import build_engine
 from deploy_sparse.engine.entry import Engine, open_entry
-from deploy_sparse.engine.onnx_file import OnnxFile, read_onnx
+from deploy_sparse.engine.onnx.file import OnnxFile, read_onnx
 from deploy_sparse.engine.store import read_store
 from deploy_sparse.errors import ArtifactError
 
@@ -19,7 +19,7 @@ FULL_DISK = """
 import resource, signal, sys
 from deploy_sparse.engine.build import build_engine
 from deploy_sparse.errors import ArtifactError
-import deploy_sparse.engine._ort, onnx.checker
+import deploy_sparse.engine.onnx.runtime, onnx.checker
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
 try:
@@ -30,7 +30,7 @@ except ArtifactError as problem:
 BUILDER = """
 import sys
 from deploy_sparse.engine.build import build_engine
-import deploy_sparse.engine._ort, onnx.checker
+import deploy_sparse.engine.onnx.runtime, onnx.checker
 print("ready", flush=True)
 sys.stdin.readline()
 engine = build_engine(sys.argv[1], "cpu", out=sys.argv[2])

@@ -14,17 +14,17 @@ from engine_samples import make_tiny, write_graph
 from onnx import TensorProto, helper, numpy_helper
 
 from deploy_sparse.artifact import write_artifact
-from deploy_sparse.engine import export as export_module
-from deploy_sparse.engine._ort import OrtSession
-from deploy_sparse.engine._trt import compile_onnx
 from deploy_sparse.engine.collect import collect
 from deploy_sparse.engine.entry import Engine, open_entry
-from deploy_sparse.engine.export import export_onnx
-from deploy_sparse.engine.external import all_tensors, is_outside
-from deploy_sparse.engine.onnx_file import OnnxFile, float_types, parse_graph, read_onnx, sidecar_path
+from deploy_sparse.engine.onnx import export as export_module
+from deploy_sparse.engine.onnx.export import export_onnx
+from deploy_sparse.engine.onnx.external import all_tensors, is_outside
+from deploy_sparse.engine.onnx.file import OnnxFile, float_types, parse_graph, read_onnx, sidecar_path
+from deploy_sparse.engine.onnx.runtime import OrtSession
 from deploy_sparse.engine.source import identity_of_file, payload_of
 from deploy_sparse.engine.store import read_store
 from deploy_sparse.engine.target import load_target
+from deploy_sparse.engine.trt.library import compile_onnx
 from deploy_sparse.errors import ArtifactError, BuildError, ExportError
 
 X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))

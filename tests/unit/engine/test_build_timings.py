@@ -10,7 +10,7 @@ from pathlib import Path
 BUILDER = """
 import sys
 from pathlib import Path
-from deploy_sparse.engine.timings import attach_timings, save_timings
+from deploy_sparse.engine.trt.timings import attach_timings, save_timings
 
 class Cache:
     def __init__(self, data):

@@ -14,10 +14,10 @@ import torch
 from engine_samples import make_tiny
 
 from deploy_sparse.engine import backends
-from deploy_sparse.engine import export as export_module
 from deploy_sparse.engine.build import build_engine
 from deploy_sparse.engine.entry import Engine
-from deploy_sparse.engine.onnx_file import OnnxFile, read_onnx
+from deploy_sparse.engine.onnx import export as export_module
+from deploy_sparse.engine.onnx.file import OnnxFile, read_onnx
 from deploy_sparse.engine.runner import load_engine
 from deploy_sparse.engine.store import read_store
 from deploy_sparse.engine.watch import Progress
@@ -28,7 +28,7 @@ BUILDER = """
 import sys
 from deploy_sparse.engine import build
 from deploy_sparse.engine.build import build_engine
-import deploy_sparse.engine._ort, onnx.checker
+import deploy_sparse.engine.onnx.runtime, onnx.checker
 real = build._compile
 def counted(*given):
     print("compiled", end=" ")

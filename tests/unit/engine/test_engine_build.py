@@ -18,7 +18,7 @@ from deploy_sparse.artifact import read_artifact
 from deploy_sparse.engine import build as module
 from deploy_sparse.engine.build import build_engine
 from deploy_sparse.engine.entry import Engine, open_entry
-from deploy_sparse.engine.onnx_file import OnnxFile, read_onnx
+from deploy_sparse.engine.onnx.file import OnnxFile, read_onnx
 from deploy_sparse.engine.target import Target, load_target
 from deploy_sparse.errors import ArtifactError, BuildError, ConfigError, EngineError
 

@@ -12,9 +12,9 @@ import torch
 from engine_samples import TinyNet, make_tiny
 from torch import nn
 
-from deploy_sparse.engine._ort import OrtSession
-from deploy_sparse.engine.export import OPSET, export_onnx
-from deploy_sparse.engine.onnx_file import OnnxFile, read_onnx, sidecar_path
+from deploy_sparse.engine.onnx.export import OPSET, export_onnx
+from deploy_sparse.engine.onnx.file import OnnxFile, read_onnx, sidecar_path
+from deploy_sparse.engine.onnx.runtime import OrtSession
 from deploy_sparse.errors import ArtifactError, ExportError
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from deploy_sparse.engine import _trt_session
-from deploy_sparse.engine._cuda_bindings import BindingsCuda
-from deploy_sparse.engine._cuda_pycuda import PycudaCuda
+from deploy_sparse.engine.cuda.with_bindings import BindingsCuda
+from deploy_sparse.engine.cuda.with_pycuda import PycudaCuda
 from deploy_sparse.engine.entry import Engine
 from deploy_sparse.engine.runner import load_engine
+from deploy_sparse.engine.trt import session as trt_session
 from deploy_sparse.errors import EngineError
 
 pytestmark = pytest.mark.gpu
@@ -25,7 +25,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param != "torch":
         pytest.importorskip(request.param, reason=f"needs {request.param}", exc_type=ImportError)
         maker = BindingsCuda if request.param.startswith("cuda") else PycudaCuda
-        monkeypatch.setattr(_trt_session, "cuda_library", lambda: maker(import_module(request.param)))
+        monkeypatch.setattr(trt_session, "cuda_library", lambda: maker(import_module(request.param)))
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])

@@ -13,13 +13,14 @@ import pytest
 from engine_samples import write_graph
 from onnx import TensorProto, helper, numpy_helper
 
-from deploy_sparse.engine import _trt, inspection
+from deploy_sparse.engine import inspection
 from deploy_sparse.engine.build import build_engine
+from deploy_sparse.engine.cuda.gpu import Gpu
 from deploy_sparse.engine.entry import Engine
-from deploy_sparse.engine.gpu import Gpu
 from deploy_sparse.engine.inspection import LayerInfo, TensorInfo, inspect_engine, parse_inspector
-from deploy_sparse.engine.onnx_file import OnnxFile
-from deploy_sparse.engine.onnx_nodes import nodes_of
+from deploy_sparse.engine.onnx.file import OnnxFile
+from deploy_sparse.engine.onnx.nodes import nodes_of
+from deploy_sparse.engine.trt import library as trt_library
 from deploy_sparse.errors import ArtifactError, EngineError
 
 # Written after NVIDIA's documentation of the engine inspector ("Engine Inspector", and for 11.x "Migrating
@@ -129,7 +130,7 @@ def test_an_engine_of_onnx_runtime_is_its_graph(built: Engine, exported: OnnxFil
 
 
 def test_an_engine_for_another_gpu_is_its_graph_and_says_why(built_rtx: Engine, monkeypatch) -> None:
-    monkeypatch.setattr(_trt, "local_gpu", lambda: None)
+    monkeypatch.setattr(trt_library, "local_gpu", lambda: None)
     found = inspect_engine(built_rtx.folder)
     assert found.source == "ONNX graph"
     assert found.why is not None
@@ -165,9 +166,9 @@ def test_an_engine_that_runs_here_is_what_the_inspector_says(built_rtx: Engine, 
     version = built_rtx.manifest["runtime"]["version"]
     library = stand_in(shapes)
     library.__version__ = version
-    monkeypatch.setattr(_trt, "local_gpu", lambda: Gpu("NVIDIA L4", "SM89"))
-    monkeypatch.setattr(_trt, "library", lambda runtime: library)
-    monkeypatch.setattr(_trt, "process_logger", lambda runtime: "logger")
+    monkeypatch.setattr(trt_library, "local_gpu", lambda: Gpu("NVIDIA L4", "SM89"))
+    monkeypatch.setattr(trt_library, "library", lambda runtime: library)
+    monkeypatch.setattr(trt_library, "process_logger", lambda runtime: "logger")
     found = inspect_engine(built_rtx)
     assert (found.source, found.why) == ("TensorRT's inspector", None)
     assert [layer.name for layer in found.layers] == ["conv1 + relu1"]

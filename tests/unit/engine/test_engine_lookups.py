@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from deploy_sparse.engine._ort import OrtSession
-from deploy_sparse.engine.lookups import lookups_last
+from deploy_sparse.engine.onnx.lookups import lookups_last
+from deploy_sparse.engine.onnx.runtime import OrtSession
 
 
 def draw(shape, seed):

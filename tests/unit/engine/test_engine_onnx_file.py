@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from deploy_sparse.engine.onnx_file import OnnxFile, float_types, read_onnx, sidecar_path
+from deploy_sparse.engine.onnx.file import OnnxFile, float_types, read_onnx, sidecar_path
 from deploy_sparse.errors import ArtifactError
 
 

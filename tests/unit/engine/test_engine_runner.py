@@ -17,9 +17,9 @@ from onnx import helper, load, numpy_helper, save
 import deploy_sparse
 from deploy_sparse.artifact import write_artifact
 from deploy_sparse.engine import runner as module
-from deploy_sparse.engine._ort import OrtSession
 from deploy_sparse.engine.build import build_engine
 from deploy_sparse.engine.entry import Engine
+from deploy_sparse.engine.onnx.runtime import OrtSession
 from deploy_sparse.engine.runner import Runner, load_engine
 from deploy_sparse.errors import ArtifactError, EngineError
 from deploy_sparse.measure.profile import profile
@@ -274,7 +274,9 @@ def test_failure_inside_the_runtime(tmp_path: Path) -> None:
 def test_damaged_engine_never_reaches_the_runtime(
     entry: Path, name: str, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deploy_sparse.engine._ort.OrtSession", lambda *_: pytest.fail("a damaged engine was opened"))
+    monkeypatch.setattr(
+        "deploy_sparse.engine.onnx.runtime.OrtSession", lambda *_: pytest.fail("a damaged engine was opened")
+    )
     path = entry / name
     data = bytearray(path.read_bytes())
     if damage == "remove":

@@ -16,16 +16,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deploy_sparse.artifact import digest_of, sha256_bytes, temporary_name, unfinished_name, write_artifact
-from deploy_sparse.engine import _trt, fit
 from deploy_sparse.engine import collect as module
+from deploy_sparse.engine import fit
 from deploy_sparse.engine.build import build_engine
 from deploy_sparse.engine.collect import collect
+from deploy_sparse.engine.cuda.gpu import Gpu
 from deploy_sparse.engine.entry import Engine, open_entry
 from deploy_sparse.engine.fit import gpu_takes, gpus, version_takes
-from deploy_sparse.engine.gpu import Gpu
-from deploy_sparse.engine.onnx_file import OnnxFile
+from deploy_sparse.engine.onnx.file import OnnxFile
 from deploy_sparse.engine.runner import load_engine
 from deploy_sparse.engine.store import QUIET_S, Entry, read_store
+from deploy_sparse.engine.trt import library as trt_library
 from deploy_sparse.errors import ArtifactError, ConfigError, EngineError, MissingDependencyError
 
 DAY = 86400
@@ -190,7 +191,7 @@ def test_another_version_of_the_library_is_incompatible_another_gpu_is_not(
     old = plant(store, built_rtx, runtime={"name": "tensorrt-rtx", "version": "1.0.0.1"})
     now = plant(store, built_rtx, 1)
     for gpu in (None, Gpu("H100", "SM90"), Gpu("RTX 4090", "SM89")):
-        monkeypatch.setattr(_trt, "local_gpu", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(trt_library, "local_gpu", lambda gpu=gpu: gpu)
         found = {entry.folder: entry for entry in read_store(store).entries}
         assert (found[old].state, found[old].runs_here) == ("incompatible", False)
         assert "it needs tensorrt-rtx 1.0.0.1: engines are not portable across versions" in found[old].why
@@ -213,8 +214,8 @@ def test_engine_whose_library_is_not_installed_stays(
     def absent(runtime: str):
         raise MissingDependencyError("tensorrt-rtx is not installed", expected="it", fix="pip install tensorrt-rtx")
 
-    monkeypatch.setattr(_trt, "library", absent)
-    monkeypatch.setattr(_trt, "local_gpu", lambda: Gpu("RTX 4090", "SM89"))
+    monkeypatch.setattr(trt_library, "library", absent)
+    monkeypatch.setattr(trt_library, "local_gpu", lambda: Gpu("RTX 4090", "SM89"))
     found = only(store)
     assert (found.state, found.runs_here) == ("good", False)
     assert "tensorrt-rtx is not installed" in found.why
@@ -469,8 +470,8 @@ def test_host_code_is_refused_unless_asked_before_anything_is_opened(
     )  # fmt: skip
     opened: list[dict[str, object]] = []
     library = type("tensorrt", (), {"__version__": "11.4.0.106"})
-    monkeypatch.setattr(_trt, "library", lambda runtime: library)
-    monkeypatch.setattr(_trt, "local_gpu", lambda: Gpu("L4", "SM89"))
+    monkeypatch.setattr(trt_library, "library", lambda runtime: library)
+    monkeypatch.setattr(trt_library, "local_gpu", lambda: Gpu("L4", "SM89"))
 
     class Session:
         def __init__(self, plan: bytes, runtime: str, rebuild: str, **options: object) -> None:
@@ -478,7 +479,7 @@ def test_host_code_is_refused_unless_asked_before_anything_is_opened(
 
         def close(self) -> None: ...
 
-    monkeypatch.setattr("deploy_sparse.engine._trt_session.TrtSession", Session)
+    monkeypatch.setattr("deploy_sparse.engine.trt.session.TrtSession", Session)
     with pytest.raises(EngineError, match=r"holds host code(.|\n)*load_engine\(path, allow_host_code=True\)"):
         load_engine(folder)
     assert not opened

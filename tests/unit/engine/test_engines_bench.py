@@ -12,7 +12,7 @@ from torch import nn
 
 from deploy_sparse import zoo
 from deploy_sparse.engine.build import build_engine
-from deploy_sparse.engine.export import export_onnx
+from deploy_sparse.engine.onnx.export import export_onnx
 from deploy_sparse.errors import BuildError
 
 FILE = Path(__file__).resolve().parents[3] / "benchmarks" / "engines.py"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from precision_samples import NETWORKS, conv_and_norm, elements, exported_network, images, model_of
 
-from deploy_sparse.engine._ort import OrtSession
+from deploy_sparse.engine.onnx.runtime import OrtSession
 from deploy_sparse.engine.precision.graph import opset_of, prepared
 from deploy_sparse.engine.precision.names import matching, names_of
 from deploy_sparse.engine.precision.reading import layer_formats

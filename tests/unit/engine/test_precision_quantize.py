@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from precision_samples import NETWORKS, conv_and_norm, exported_network, images, model_of
 
-from deploy_sparse.engine._ort import OrtSession
+from deploy_sparse.engine.onnx.runtime import OrtSession
 from deploy_sparse.engine.precision.calibration import Calibration, read_calibration
 from deploy_sparse.engine.precision.quantize import weighted_nodes
 from deploy_sparse.engine.precision.reading import layer_formats

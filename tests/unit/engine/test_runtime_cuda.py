@@ -11,12 +11,13 @@ import pytest
 from cuda_fakes import CudaError, FakeDriver, FakeGpu, fake_bindings, fake_pycuda
 from torch_cuda_fakes import fake_torch
 
-from deploy_sparse.engine import _cuda, gpu
-from deploy_sparse.engine._cuda import Cuda, cuda_library
-from deploy_sparse.engine._cuda_bindings import BindingsCuda
-from deploy_sparse.engine._cuda_pycuda import PycudaCuda
-from deploy_sparse.engine._cuda_torch import TorchCuda
-from deploy_sparse.engine.gpu import Gpu, local_gpu
+from deploy_sparse.engine.cuda import gpu
+from deploy_sparse.engine.cuda import runtime as _cuda
+from deploy_sparse.engine.cuda.gpu import Gpu, local_gpu
+from deploy_sparse.engine.cuda.runtime import Cuda, cuda_library
+from deploy_sparse.engine.cuda.with_bindings import BindingsCuda
+from deploy_sparse.engine.cuda.with_pycuda import PycudaCuda
+from deploy_sparse.engine.cuda.with_torch import TorchCuda
 from deploy_sparse.errors import EngineError, MissingDependencyError
 
 MAKERS: dict[str, tuple[Callable[[FakeGpu], ModuleType], Callable[[ModuleType], Cuda]]] = {

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runtime_fakes import Foreign
 
-from deploy_sparse.engine import device_arrays
-from deploy_sparse.engine.device_arrays import DeviceView, device_views, view_of_capsule
+from deploy_sparse.engine.cuda import arrays as device_arrays
+from deploy_sparse.engine.cuda.arrays import DeviceView, device_views, view_of_capsule
 from deploy_sparse.engine.entry import Engine
 from deploy_sparse.engine.runner import Runner, load_engine
 from deploy_sparse.engine.target import load_target

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch_samples import target_of
 
-from deploy_sparse.engine import _torch_session, device_arrays
-from deploy_sparse.engine._torch_session import TorchSession
 from deploy_sparse.engine.build import build_engine
+from deploy_sparse.engine.cuda import arrays as device_arrays
+from deploy_sparse.engine.pytorch import session as _torch_session
+from deploy_sparse.engine.pytorch.session import TorchSession
 from deploy_sparse.engine.runner import Runner
 from deploy_sparse.errors import EngineError
 

@@ -19,10 +19,10 @@ from runtime_fakes import (
 )
 from torch_cuda_fakes import fake_torch
 
-from deploy_sparse.engine import _trt_session
-from deploy_sparse.engine._cuda import Cuda
-from deploy_sparse.engine._trt_session import TrtSession
-from deploy_sparse.engine.device_arrays import DeviceArray, device_views
+from deploy_sparse.engine.cuda.arrays import DeviceArray, device_views
+from deploy_sparse.engine.cuda.runtime import Cuda
+from deploy_sparse.engine.trt import session as trt_session
+from deploy_sparse.engine.trt.session import TrtSession
 from deploy_sparse.errors import EngineError, MissingDependencyError
 
 
@@ -82,7 +82,7 @@ def test_results_go_where_the_caller_wants_them(load, gpu: FakeGpu) -> None:
 def test_with_torch_results_are_tensors_and_nothing_waits(load, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = fake_torch(gpu)
     session, feeds = load(), images(4)
-    monkeypatch.setattr(_trt_session, "torch_with_cuda", lambda: torch)
+    monkeypatch.setattr(trt_session, "torch_with_cuda", lambda: torch)
     before = len(gpu.calls)
     result = on_gpu(session, {"input": Foreign(gpu, feeds["input"])})["output"]
     assert isinstance(result, torch.Tensor)
@@ -95,7 +95,7 @@ def test_with_torch_results_are_tensors_and_nothing_waits(load, gpu: FakeGpu, mo
 def test_no_memory_for_a_result(load: Load, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     torch, session, given = fake_torch(gpu), load(), {"input": Foreign(gpu, images(4)["input"])}
     with monkeypatch.context() as patch:
-        patch.setattr(_trt_session, "torch_with_cuda", lambda: torch)
+        patch.setattr(trt_session, "torch_with_cuda", lambda: torch)
         gpu.failing["empty"] = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")
         with pytest.raises(EngineError, match=r"out of memory while making a tensor float32 \[4, 10\]"):
             on_gpu(session, given)

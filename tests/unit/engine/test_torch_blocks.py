@@ -16,11 +16,11 @@ from torch import nn
 from torch.fx import GraphModule
 from torch_samples import EXAMPLES, Equal, make_blocks, target_of
 
-from deploy_sparse.engine import _torch_choice
-from deploy_sparse.engine._torch_blocks import BlockLayer, Site, find_sites, replaced
-from deploy_sparse.engine._torch_choice import BlockChoice, with_block_kernels
-from deploy_sparse.engine._torch_fold import fold_batchnorm_
-from deploy_sparse.engine._torch_graph import call_flat, flat_module, loosen_views_, pruned, writes_inputs
+from deploy_sparse.engine.pytorch import choice as _torch_choice
+from deploy_sparse.engine.pytorch.blocks import BlockLayer, Site, find_sites, replaced
+from deploy_sparse.engine.pytorch.choice import BlockChoice, with_block_kernels
+from deploy_sparse.engine.pytorch.fold import fold_batchnorm_
+from deploy_sparse.engine.pytorch.graph import call_flat, flat_module, loosen_views_, pruned, writes_inputs
 from deploy_sparse.errors import MissingDependencyError
 from deploy_sparse.programs.program import program_bytes, read_bytes
 from deploy_sparse.surgery.packed_conv import PackedConv2d

@@ -21,10 +21,10 @@ from torch.export.pt2_archive import PT2ArchiveReader, PT2ArchiveWriter
 from deploy_sparse.artifact import read_artifact, write_artifact
 from deploy_sparse.cli.main import main
 from deploy_sparse.engine import build as module
-from deploy_sparse.engine._torch_session import TorchSession
 from deploy_sparse.engine.build import build_engine
 from deploy_sparse.engine.entry import Engine, open_entry
-from deploy_sparse.engine.onnx_file import OnnxFile
+from deploy_sparse.engine.onnx.file import OnnxFile
+from deploy_sparse.engine.pytorch.session import TorchSession
 from deploy_sparse.engine.runner import Runner, load_engine
 from deploy_sparse.engine.target import Target, load_target
 from deploy_sparse.errors import ArtifactError, BuildError, EngineError, ExportError
@@ -335,7 +335,7 @@ def test_running_loads_neither_onnx_nor_the_kernel(built_torch: Engine) -> None:
     code = (
         "import sys, deploy_sparse; r = deploy_sparse.load_engine(sys.argv[1]); r.run(r.sample_inputs(2)); "
         "r.prepare(r.sample_inputs(2))(); "
-        "assert not {'onnx', 'onnxruntime', 'tensorrt', 'deploy_sparse.engine._triton'} & set(sys.modules), 'heavy import'"
+        "assert not {'onnx', 'onnxruntime', 'tensorrt', 'deploy_sparse.engine.blocks.triton_kernel'} & set(sys.modules), 'heavy import'"
     )
     command = [sys.executable, "-W", "error", "-c", code, str(built_torch.folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -11,7 +11,7 @@ from torch import nn
 from torch_samples import EXAMPLES, make_blocks, target_of
 
 from deploy_sparse.engine.build import build_engine
-from deploy_sparse.engine.gpu import local_gpu
+from deploy_sparse.engine.cuda.gpu import local_gpu
 from deploy_sparse.errors import EngineError
 from deploy_sparse.measure.profile import profile
 

@@ -15,10 +15,11 @@ from torch_trt_fake import (
     built,
 )
 
-from deploy_sparse.engine import _torch_trt, _torch_trt_build
-from deploy_sparse.engine._torch_trt import library
-from deploy_sparse.engine.gpu import local_gpu
+from deploy_sparse.engine.cuda.gpu import local_gpu
 from deploy_sparse.engine.runner import load_engine
+from deploy_sparse.engine.torch_trt import build as torch_trt_build
+from deploy_sparse.engine.torch_trt import library as torch_trt_library
+from deploy_sparse.engine.torch_trt.library import library
 from deploy_sparse.errors import MissingDependencyError
 
 pytestmark = pytest.mark.gpu
@@ -70,9 +71,9 @@ def test_real_engines_with_parts_in_pytorch(
 ) -> None:
     network = make().eval()
     relu = {torch.ops.aten.relu.default}
-    asked = _torch_trt.compile_options
+    asked = torch_trt_library.compile_options
     monkeypatch.setattr(
-        _torch_trt_build._torch_trt,
+        torch_trt_build.torch_trt_library,
         "compile_options",
         lambda *given: {**asked(*given), "torch_executed_ops": relu, "min_block_size": 1},
     )

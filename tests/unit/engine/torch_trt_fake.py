@@ -22,11 +22,13 @@ from torch import nn
 from torch.fx.passes.split_utils import split_by_tags
 
 from deploy_sparse.config import config_from
-from deploy_sparse.engine import _torch_trt, _torch_trt_build, _trt
 from deploy_sparse.engine.build import build_engine
+from deploy_sparse.engine.cuda.gpu import Gpu
 from deploy_sparse.engine.entry import Engine as BuiltEngine
-from deploy_sparse.engine.gpu import Gpu
 from deploy_sparse.engine.target import Target
+from deploy_sparse.engine.torch_trt import build as torch_trt_build
+from deploy_sparse.engine.torch_trt import library as torch_trt_library
+from deploy_sparse.engine.trt import library as trt_library
 
 _SINCE_2_8 = frozenset({
     "exported_program", "inputs", "arg_inputs", "kwarg_inputs", "device", "disable_tf32", "assume_dynamic_shape_support",
@@ -214,9 +216,9 @@ def install(folder: Path, patch: pytest.MonkeyPatch, version: str = HERE) -> Fak
     patch.setitem(sys.modules, "torch_tensorrt", fake.module)
     patch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="11.1.0.106", __name__="tensorrt"))
     patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    for module in (_torch_trt, _torch_trt_build, _trt):
+    for module in (torch_trt_library, torch_trt_build, trt_library):
         patch.setattr(module, "local_gpu", lambda: GPU)
-    patch.setattr(_torch_trt, "DEVICE", "cpu")
+    patch.setattr(torch_trt_library, "DEVICE", "cpu")
     return fake
 
 

@@ -11,8 +11,8 @@ import torch
 from packed_samples import dense_conv, dense_linear, packing
 
 from deploy_sparse.engine.build import build_engine
-from deploy_sparse.engine.export import export_onnx
-from deploy_sparse.engine.onnx_file import OnnxFile
+from deploy_sparse.engine.onnx.export import export_onnx
+from deploy_sparse.engine.onnx.file import OnnxFile
 from deploy_sparse.surgery.packed import PackedConv2d, PackedLinear, Packing
 
 EVENS, ODDS = range(0, 32, 2), range(1, 32, 2)

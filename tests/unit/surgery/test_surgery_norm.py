@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from deploy_sparse.engine.export import export_onnx
+from deploy_sparse.engine.onnx.export import export_onnx
 from deploy_sparse.errors import SurgeryError
 from deploy_sparse.surgery.layers import KeptStatisticsNorm
 

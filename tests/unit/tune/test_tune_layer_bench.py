@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from deploy_sparse.engine import pieces
+from deploy_sparse.engine.onnx import pieces
 from deploy_sparse.engine.target import load_target
 from deploy_sparse.errors import ArtifactError, BuildError, EngineError, ExportError, Interrupted
 from deploy_sparse.surgery.pack import layer_forms

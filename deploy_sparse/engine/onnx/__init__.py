@@ -1,0 +1,1 @@
+"""ONNX files: written from a module, read and checked, looked into, and run by ONNX Runtime."""

@@ -1,0 +1,1 @@
+"""PyTorch as a runtime: an exported program prepared, timed in its forms and run."""
