@@ -106,6 +106,20 @@ def test_the_fastest_of_those_that_are_surely_faster_is_taken(monkeypatch):
     assert choice.name.startswith("channels")
 
 
+@pytest.mark.parametrize(("lost_at", "name"), [(None, "packed"), (1, "dense"), (2, "dense"), (3, "dense")])
+def test_a_small_gain_has_to_come_back_three_times(monkeypatch, lost_at, name):
+    """Engines that are opened again differ by a few percent, so that a small gain may be luck more often than once."""
+
+    def times(network, count):
+        return LOST if network != "packed" or count == lost_at else (1.04, 1.03, 1.05)
+
+    _, choice, _, built, _ = choose(monkeypatch, lambda form: 2.0, times)
+    assert choice.name == name
+    timings = 4 if lost_at is None else lost_at + 1  # a lost one ends it
+    assert sum("packed" in asked for asked in built.asked) == timings
+    assert len(choice.again) == timings - 1
+
+
 def test_the_fastest_has_to_win_twice(monkeypatch):
     """By luck the packed network is the fastest of several; timed again it is not, and the next one's turn comes."""
     second = {"packed": (1.0, 0.97, 1.03)}
