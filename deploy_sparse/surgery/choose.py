@@ -11,6 +11,7 @@ import torch
 from ._axes import Ledger, Read
 from ._equations import Equation, Extents, Positions, equations
 from ._provenance import Derived, Expr, Extent, Setting, evaluate, leaves
+from ._widths import width_sets
 from .account import account
 from .graph import memberships
 from .liveness import carries, folds, liveness, stuck
@@ -84,6 +85,7 @@ class _Chooser:
     def __init__(self, ledger: Ledger, multiple: int) -> None:
         self.ledger, self.multiple = ledger, multiple
         self.members = memberships(ledger)
+        self.widths = width_sets(ledger, self.members) if multiple > 1 else []
         self.state = liveness(ledger)
         self.extents, self.equations = Extents(ledger), equations(ledger)
         self.grids = [ledger.atoms.roots(grid.atoms).numpy() for grid in ledger.grids]
@@ -185,12 +187,13 @@ class _Chooser:
     def _widths(self) -> bool:
         if self.multiple == 1:
             return False
-        changed = False
-        for number, size in enumerate(self.members.sizes):
-            own = np.flatnonzero(self.members.group == number)
-            gone = own[self.removed[own]].tolist()
-            back = gone[: -(size - len(gone)) % self.multiple]
+        changed, inner = False, np.zeros_like(self.removed)  # inner: channels of narrower sets, rounded before
+        for own in self.widths:
+            gone = own[self.removed[own]]
+            gone = gone[np.argsort(inner[gone], kind="stable")]
+            back = gone[: -(len(own) - len(gone)) % self.multiple].tolist()
             changed |= self._give_back(back, "aligned", f"the kept width is a multiple of {self.multiple}")
+            inner[own] = True
         return changed
 
     def _constants(self) -> bool:
