@@ -71,6 +71,7 @@ def record(
     torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel hides the attention's parts
     try:
         with torch.inference_mode(), torch.compiler.set_stance("force_eager"), ExitStack() as entered:
+            entered.enter_context(_any_algorithm())
             if origins:
                 entered.enter_context(settings_marked(module))
             entered.enter_context(_layers_followed(module, recorder.stack))
@@ -82,6 +83,18 @@ def record(
         torch.backends.mha.set_fastpath_enabled(fast)
         recorder.sizes = None  # each would keep the other alive
     return recorder.finish(outputs) if into is None else into
+
+
+@contextmanager
+def _any_algorithm() -> Iterator[None]:
+    """Deterministic algorithms, as trainings ask for them, take other operations apart or refuse them."""
+    asked = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(asked, warn_only=warns)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
