@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from difflib import SequenceMatcher
@@ -41,7 +42,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: missing, unreadable or not TOML.
     """
     try:
-        return tomllib.loads(Path(path).read_text())
+        return tomllib.loads(Path(path).read_text("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist", expected="a TOML file", fix="check the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
@@ -148,20 +149,31 @@ def toml_text(values: Mapping[str, Any], *, unset: bool = False) -> str:
 
 def _table_lines(prefix: str, values: Mapping[str, Any], unset: bool) -> list[str]:
     lines = [
-        UNSET.format(key) if value is None else f"{key} = {_toml_value(value)}"
+        UNSET.format(_toml_key(key)) if value is None else f"{_toml_key(key)} = {_toml_value(value)}"
         for key, value in values.items()
         if not isinstance(value, Mapping) and (unset or value is not None)
     ]
     for key, value in values.items():
         if isinstance(value, Mapping):
-            lines += ["", f"[{prefix}{key}]", *_table_lines(f"{prefix}{key}.", value, unset)]
+            table = f"{prefix}{_toml_key(key)}"
+            lines += ["", f"[{table}]", *_table_lines(f"{table}.", value, unset)]
     return lines
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_string(key)
 
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml_value(v) for v in value) + "]"
-    return json.dumps(value)  # strings, numbers and booleans look the same in JSON and TOML
+    return _toml_string(value) if isinstance(value, str) else json.dumps(value)  # the rest is as in JSON
+
+
+def _toml_string(text: str) -> str:
+    """JSON's form in ASCII, but for what TOML takes otherwise: characters beyond 16 bits, and DEL."""
+    quoted = json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return "".join(c if c.isascii() else f"\\u{ord(c):04x}" if ord(c) < 1 << 16 else f"\\U{ord(c):08x}" for c in quoted)
 
 
 def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,9 +265,25 @@ def _readable(kind: type[Config], detail: ErrorDetails, source: str) -> ConfigEr
         fix = f"for example --{'.'.join(whole)} {example}"
         return ConfigError(f"{key} = {detail['input']!r} in {source}", expected=expected, fix=fix)
     message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    if detail["type"] == "value_error" and isinstance(detail["input"], Mapping | BaseModel):  # of a table, or of all
+        return _not_together(key, dict(detail["input"]), message, source)
     return ConfigError(
         f"{key} = {detail['input']!r} in {source}", expected=message, fix=f"choose another value: --{key} VALUE"
     )
+
+
+def not_together(source: str) -> str:
+    """What is given where the values of a whole configuration do not go together."""
+    return f"{source} has keys that do not go together"
+
+
+def _not_together(table: str, values: Mapping[str, Any], message: str, source: str) -> ConfigError:
+    """Values that are right each by itself; ``table`` is empty for the whole configuration, which is not printed."""
+    if not table:
+        return ConfigError(not_together(source), expected=message, fix="change one of them")
+    given = ", ".join(f"{table}.{name} = {value!r}" for name, value in values.items())
+    fix = " or ".join(f"--{table}.{name} VALUE" for name in values)
+    return ConfigError(f"{given or f'{table} is empty'} in {source}", expected=message, fix=f"change {fix or 'it'}")
 
 
 def _unknown(kind: type[Config], path: list[str], value: Any, source: str) -> ConfigError:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,17 @@ from ..artifact import FORMAT_VERSION, digest_of
 from ..config import config_from
 from ..engine.build import build_engine
 from ..engine.entry import KIND as ENGINE
-from ..engine.entry import ONNX_FILE, Engine
+from ..engine.entry import ONNX_FILE, PLAN_FILE, Engine
 from ..engine.runner import load_engine
 from ..engine.target import Target, in_precision, load_target
 from ..engine.tensors import TensorSpec, spec_from_json
-from ..errors import ArtifactError, ConfigError, EngineError
+from ..errors import ArtifactError, BuildError, ConfigError, EngineError
 from .archive import Archive, open_archive, refusal
 from .graph import run_graph
 from .sample import Sample, difference, read_sample, resized, tolerance_of
-from .sealed import KIND, SAMPLE_FILE, SIDECAR, TARGET_FILE
+from .sealed import KIND, OWN_FILES, SAMPLE_FILE, SIDECAR, TARGET_FILE
 
+REMAKE = "deploy-sparse bundle ENGINE --format zip"
 MOST_JSON = 64 << 20
 """Bytes that a bundle's own description may have."""
 
@@ -94,7 +97,9 @@ class Bundle:
             EngineError: the outputs are others.
         """
         with tempfile.TemporaryDirectory(prefix="deploy-sparse-") as scratch:
-            return self._prove_graph(*self._unpack(Path(scratch)), None)
+            folder, sample = self._unpack(Path(scratch))
+            with self._named(folder):
+                return self._prove_graph(folder, sample, None)
 
     def rebuild(
         self,
@@ -126,13 +131,17 @@ class Bundle:
         with tempfile.TemporaryDirectory(prefix="deploy-sparse-") as scratch:
             folder, sample = self._unpack(Path(scratch))
             _check_axes(wanted, self._specs("inputs"), sample)
-            engine = build_engine(folder / ONNX_FILE, wanted, out=out, name=name or self.name, calibration=calibration)
+            with self._named(folder):
+                engine = build_engine(
+                    folder / ONNX_FILE, wanted, out=out, name=name or self.name, calibration=calibration
+                )
             try:
                 self._check_tensors(engine)
                 why = engine.runnable()
                 if engine.target.version_compatible:
                     why = "it holds host code, which only load_engine(path, allow_host_code=True) runs"
-                proof = self._prove_graph(folder, sample, why) if why else self._prove_engine(engine, sample)
+                with self._named(folder):
+                    proof = self._prove_graph(folder, sample, why) if why else self._prove_engine(engine, sample)
             except BaseException:
                 if not engine.cached:
                     shutil.rmtree(engine.folder, ignore_errors=True)
@@ -154,6 +163,18 @@ class Bundle:
                     archive.copy(name, entry, stream)
         data = (folder / SAMPLE_FILE).read_bytes()
         return folder, read_sample(self.path, data, self._specs("inputs"), self._specs("outputs"))
+
+    @contextmanager
+    def _named(self, folder: Path) -> Iterator[None]:
+        """Errors of what was unpacked to ``folder``, which is gone when they are read, name the bundle instead."""
+        try:
+            yield
+        except (ArtifactError, BuildError, EngineError) as problem:
+            given = problem.given.replace(f"{folder}/", f"{self.path}: ")
+            if given == problem.given:
+                raise
+            fix = f"make the bundle again from a sound engine: {REMAKE}"
+            raise type(problem)(given, expected=problem.expected, fix=fix) from problem
 
     def _specs(self, kind: str) -> tuple[TensorSpec, ...]:
         return tuple(spec_from_json(entry) for entry in self.manifest[kind])
@@ -210,12 +231,13 @@ def open_bundle(path: str | Path) -> Bundle:
             for name, entry in body["files"].items():
                 archive.copy(name, entry)
             manifest = body[ENGINE]
+            target = _told_twice(archive, config_from(Target, manifest["target"], source=TARGET_FILE))
             bundle = Bundle(
                 path=path,
                 name=body["name"],
                 digest=str(body["digest"]),
                 manifest=manifest,
-                target=config_from(Target, manifest["target"], source=TARGET_FILE),
+                target=target,
                 files=body["files"],
                 tolerance=float(body["tolerance"]),
             )
@@ -240,9 +262,21 @@ def _description(path: Path, data: bytes) -> dict[str, Any]:
         raise ArtifactError(
             f"{path} has format version {body.get('format_version')}",
             expected=f"format version {FORMAT_VERSION}",
-            fix="make it again with this version: deploy-sparse bundle ENGINE --format zip",
+            fix=f"make it again with this version: {REMAKE}",
         )
     return {**body, "digest": digest}
+
+
+def _told_twice(archive: Archive, target: Target) -> Target:
+    """The target, which the manifest and a file for people tell alike."""
+    text = archive.read(TARGET_FILE, MOST_JSON)
+    try:
+        told = config_from(Target, tomllib.loads(text.decode()), source=TARGET_FILE)
+    except (ValueError, RecursionError) as problem:  # no TOML, or no text
+        raise refusal(archive.where, f"its {TARGET_FILE} is no TOML ({problem})") from None
+    if told != target:
+        raise refusal(archive.where, f"its {TARGET_FILE} is another target than the one in {SIDECAR}")
+    return target
 
 
 def _check_names(archive: Archive, files: Mapping[str, Any]) -> None:
@@ -257,7 +291,16 @@ def _check_names(archive: Archive, files: Mapping[str, Any]) -> None:
 
 
 def _check_facts(bundle: Bundle) -> None:
-    """TypeError, KeyError or ValueError where something is not as a bundle has it."""
+    """TypeError, KeyError or ValueError where something is not as a bundle has it.
+
+    Raises:
+        ArtifactError: its files are not those of the engine that it describes.
+    """
+    held = {name: entry["sha256"] for name, entry in bundle.manifest["files"].items() if name != PLAN_FILE}
+    listed = {name: entry["sha256"] for name, entry in bundle.files.items() if name not in OWN_FILES}
+    for name in sorted({*held} | {*listed}):
+        if held.get(name) != listed.get(name):
+            raise refusal(bundle.path, f"its {name!r} is not of the engine that its {SIDECAR} describes")
     extents = [extent for kind in ("inputs", "outputs") for spec in bundle._specs(kind) for extent in spec.shape]
     if not all(isinstance(extent, int | str) for extent in extents):
         raise TypeError("a shape of other things than extents and names")

@@ -73,10 +73,9 @@ def place_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
             with open(temporary, "xb") as stream:
                 write(stream)
                 _sync(stream)
-            if not path.exists():
-                os.replace(temporary, path)
+            if _appears(temporary, path):
                 _sync_folder(path.parent)
-            elif sha256_file(path) != sha256_file(temporary):
+            elif not path.is_file() or sha256_file(path) != sha256_file(temporary):
                 raise _taken(path, "already exists with other content")
         finally:
             temporary.unlink(missing_ok=True)
@@ -92,7 +91,7 @@ def place_folder(folder: Path, files: Mapping[str, Content]) -> None:
     Raises:
         ArtifactError: something else is there, or the parent cannot be written.
     """
-    if folder.exists():
+    if os.path.lexists(folder):
         if not _holds(folder, files):
             raise _taken(folder, "already exists with other content")
         return
@@ -113,6 +112,19 @@ def place_folder(folder: Path, files: Mapping[str, Content]) -> None:
             _sync_folder(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _appears(temporary: Path, path: Path) -> bool:
+    """Give a finished file its name, which nothing may have by then; False where something has, if only a dead link."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a filesystem without hard links
+        if os.path.lexists(path):
+            return False
+        os.replace(temporary, path)
+    return True
 
 
 def _holds(folder: Path, files: Mapping[str, Content]) -> bool:

@@ -35,11 +35,12 @@ def execute(options: argparse.Namespace) -> int:
     from ..engine.build import build_engine
     from ..engine.target import in_precision, load_target
     from ..engine.watch import progress_line
+    from .stopping import ended_cleanly
     from .subject import module_or_onnx
 
     target = in_precision(load_target(options.target), options.precision, options.exclude)
     subject, example_inputs = module_or_onnx(options.subject)
-    with progress_line(sys.stderr) as progress:
+    with ended_cleanly(), progress_line(sys.stderr) as progress:
         engine = build_engine(
             subject,
             target,
@@ -61,7 +62,7 @@ def execute(options: argparse.Namespace) -> int:
     }
     shown = {k: v for k, v in value.items() if k != "manifest" and v is not None}
     shown |= _agreement(engine.manifest.get("agreement"))
-    emit(options, value, lambda: key_values({**shown, "bytes": engine.path.stat().st_size}))
+    emit(options, value, lambda: key_values({**shown, "bytes": engine.bytes}))
     return 0
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .output import emit, key_values
+from .stopping import ended_cleanly
 
 if TYPE_CHECKING:
     from ..bundle.opened import Bundle
@@ -60,7 +61,8 @@ def execute(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None:
             takers = ", ".join(known for known, names in _OPTIONS.items() if name in names)
             raise ConfigError(f"--{name} with {task}", expected=f"--{name} with {takers} only", fix="drop it")
-    return {"bundling": _bundle, "--verify": _verify, "--rebuild": _rebuild}[task](options)
+    with ended_cleanly():
+        return {"bundling": _bundle, "--verify": _verify, "--rebuild": _rebuild}[task](options)
 
 
 def _bundle(options: argparse.Namespace) -> int:
@@ -125,7 +127,7 @@ def _lines(path: Path) -> list[str]:
     from ..errors import ConfigError
 
     try:
-        return path.read_text().splitlines()
+        return path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as problem:
         raise ConfigError(
             f"{path} cannot be read ({problem})", expected="a text file with one name in each line", fix="check it"

@@ -29,6 +29,8 @@ def engine_text(path: Path, kind: str | None) -> tuple[dict[str, Any], Callable[
     def text() -> str:
         head = {**facts, "layers": f"{len(layers)}, from {found.source}"}
         notes = [f"TensorRT's inspector was not asked: {found.why}"] if found.why else []
+        if found.batch > 1:
+            notes.append(f"shapes and MACs are those of the graph's fixed batch of {found.batch}")
         rows = _node_rows(layers) if found.source == "ONNX graph" else _layer_rows(layers)
         columns = _NODE_COLUMNS if found.source == "ONNX graph" else _LAYER_COLUMNS
         return "\n".join([key_values(head), *notes, "", table(columns, rows)])
@@ -55,16 +57,17 @@ def _of_engine(path: Path) -> tuple[dict[str, Any], Inspection]:
 
 
 def _of_graph(path: Path) -> tuple[dict[str, Any], Inspection]:
-    from ..engine.inspection import Inspection
+    from ..engine.inspection import Inspection, samples_of
     from ..engine.onnx.file import read_onnx
     from ..engine.onnx.nodes import nodes_of
 
     file = read_onnx(path)
-    return {"path": str(path), "opset": file.opset}, Inspection("ONNX graph", None, nodes_of(file.read(), {}, path))
+    found = Inspection("ONNX graph", None, nodes_of(file.read(), {}, path), samples_of(file.inputs))
+    return {"path": str(path), "opset": file.opset}, found
 
 
 def _node_rows(layers: tuple[LayerInfo, ...]) -> list[tuple[Any, ...]]:
-    """Shapes are those of one sample."""
+    """Shapes are those of one sample, or of the graph's fixed batch."""
     return [
         (layer.name, layer.kind, _shapes(layer.outputs), layer.precision, layer.parameters or None, layer.macs)
         for layer in layers

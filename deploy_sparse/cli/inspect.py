@@ -58,10 +58,13 @@ def execute(options: argparse.Namespace) -> int:
         plan, members = _done(path)
     else:
         found = f"the artifact {kind!r}" if kind else "nothing to inspect"
+        fix = "check the path; deploy-sparse show PATH says what any artifact is"
+        if path.suffix == ".zip" and path.is_file():
+            fix = f"check a bundle: deploy-sparse bundle --verify {path}; --rebuild makes an engine of it to inspect"
         raise ArtifactError(
             f"{path} holds {found}" if path.exists() else f"{path} does not exist",
             expected="a ticket's folder, a compact network's folder, or a run's folder; an engine's; or an ONNX file",
-            fix="check the path; deploy-sparse show PATH says what any artifact is",
+            fix=fix,
         )
     summary = plan.summary()
     for group in summary["groups"]:

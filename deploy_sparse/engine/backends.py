@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -96,7 +97,13 @@ class _FromOnnx(ABC):
 
 class _OnnxRuntime(_FromOnnx):
     def require(self, target: Target) -> None:
-        """Nothing: it is a dependency of this package."""
+        """Of the library nothing: it is a dependency of this package."""
+        if target.precision == "bf16":
+            raise BuildError(
+                f"target {target.name!r} is in bf16, for which ONNX Runtime has no kernels on the CPU",
+                expected="fp32, fp16 or int8 with ONNX Runtime",
+                fix="build in fp32, fp16 or int8, or in bf16 for TensorRT or torch",
+            )
 
     def maker(self, target: Target) -> Maker:
         from .onnx import runtime as ort
@@ -107,7 +114,10 @@ class _OnnxRuntime(_FromOnnx):
         from .onnx.runtime import OrtSession
 
         folder = source.path.parent if source.weights else None
-        OrtSession(data, target.threads, folder=folder).close()  # refuses operators it does not have
+        try:
+            OrtSession(data, target.threads, folder=folder).close()  # refuses operators it does not have
+        except BuildError as problem:
+            raise _with_node(problem, data) from problem
         if is_lowering(target):
             return Built(payload_of(source, data), target.precision, _LAYERS)
         return Built(payload_of(source, data), precision_of(types), "the ONNX graph, every tensor")
@@ -187,6 +197,17 @@ class _TorchTensorRT:
         made = compile_program(source, target, watch=watch)
         facts = {"parity": parity_as_json(made.parity), "partition": made.partition}
         return Built({PROGRAM_FILE: made.data}, made.precision, READ_FROM, facts)
+
+
+def _with_node(problem: BuildError, graph: bytes) -> BuildError:
+    """The same problem with the node that needs the operator which ONNX Runtime does not know."""
+    found = re.search(r"([\w.]*):(\w+)\(-?\d+\) is not a registered function/op", problem.given)
+    if found is None:
+        return problem
+    from .onnx.nodes import place_of
+
+    given = f"{problem.given}; {place_of(graph, found[1], found[2])} needs it"
+    return BuildError(given, expected=problem.expected, fix=problem.fix)
 
 
 def _this_gpu() -> dict[str, str] | None:

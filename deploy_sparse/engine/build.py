@@ -68,7 +68,8 @@ def build_engine(
             Without it fp16 and bf16 are compared on random numbers. Unused in fp32.
         backend: the runtime to use instead of the target's, for example ``"torch-tensorrt"``; the target is then called
             ``<name>-<runtime>``.
-        progress: called with a :class:`~deploy_sparse.engine.watch.Progress` at each step of a TensorRT compilation.
+        progress: called with a :class:`~deploy_sparse.engine.watch.Progress` at each step of a TensorRT compilation,
+            and before it at each batch of calibration and of the comparison with fp32.
         time_limit_s: seconds for all of it, waiting for another build of the same engine included; looked at between
             steps, and between batches of calibration.
         cancel: a ``threading.Event`` or a function; once that is set, or true, the build stops at its next step.
@@ -107,11 +108,12 @@ def build_engine(
         built, made = _compile(way, source, graph, wanted, data, watch)
         seconds = time.perf_counter() - started
         engine_file = next(file for file in (PLAN_FILE, PROGRAM_FILE, ONNX_FILE) if file in built.payload)
+        weights, whole = _weights(made.source if made else source), engine_file == ONNX_FILE
         manifest = {
             "name": name,
             "key": key,
             "engine_file": engine_file,
-            "bytes": len(built.payload[engine_file]),
+            "bytes": sum(len(built.payload[name]) for name in (engine_file, *(weights if whole else ()))),
             f"{form}_sha256": source.sha256,
             **({"opset": (made.source if made else source).opset} if isinstance(source, OnnxFile) else {}),
             "target": wanted.model_dump(mode="json"),
@@ -135,7 +137,7 @@ def build_engine(
             "parity": parity_as_json(source.parity),
             **built.facts,
             **({"agreement": made.agreement} if made else {}),
-            **({"weights": files} if (files := _weights(made.source if made else source)) else {}),
+            **({"weights": weights} if weights else {}),
             "build_seconds": round(seconds, 3),
             "environment": environment(),
         }

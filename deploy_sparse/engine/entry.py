@@ -51,6 +51,12 @@ class Engine:
         return self.folder / str(self.manifest["engine_file"])
 
     @property
+    def bytes(self) -> int:
+        """Size of what runs: of :attr:`path`, and of the files of its weights."""
+        held = (self.path.name, *(self.weights if self.path.name == ONNX_FILE else ()))
+        return sum(int(self.manifest["files"][name]["bytes"]) for name in held)
+
+    @property
     def weights(self) -> tuple[str, ...]:
         """Names of the files beside ``model.onnx`` that hold weights of it; none for most."""
         return tuple(self.manifest.get("weights", ()))

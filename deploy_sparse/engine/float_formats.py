@@ -91,9 +91,7 @@ def advised(problem: BuildError, target: Target) -> BuildError:
         )
     elif target.precision == "fp8" and target.on_gpu and not target.compute_capabilities:  # else those are new enough
         fix = "fp8 needs GPUs of SM89 or later: take rtx-sm89 or rtx-sm120, or build in int8 or fp16"
-    elif target.precision == "bf16" and target.runtime == "onnxruntime":
-        fix = "ONNX Runtime has few bf16 kernels on the CPU: build in fp32, fp16 or int8 for it"
-    elif target.on_gpu and target.precision == "int8" and "DequantizeLinear" in problem.given:
+    elif target.on_gpu and target.precision == "int8" and "uantizeLinear" in problem.given:
         fix = f"a graph that was quantized for ONNX Runtime: build from the float32 file, with calibration; else {fix}"
     elif "ran out of memory" not in problem.given and target.precision != "fp32":
         fix = f"exclude the layer it names, or build in {'fp16' if target.precision == 'bf16' else 'fp32'}; or {fix}"

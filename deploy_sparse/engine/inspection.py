@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from typing import Any, Literal
 from ..artifact import sha256_bytes
 from ..errors import ArtifactError, EngineError
 from .entry import ONNX_FILE, Engine, open_entry
+from .tensors import TensorSpec
 
 _FORMATS = {  # as TensorRT writes them, in either of its spellings -> as targets do
     "float": "fp32", "fp32": "fp32", "half": "fp16", "fp16": "fp16", "bf16": "bf16", "bfloat16": "bf16",
@@ -54,7 +55,7 @@ class LayerInfo:
         tactic: the kernel that TensorRT chose; None where it is not told.
         nodes: names of the ONNX nodes in it.
         parameters: entries of its weights, or None where that is not told.
-        macs: multiply-accumulates for one sample; None where they are not counted.
+        macs: multiply-accumulates, for one sample or a graph's fixed batch; None where they are not counted.
     """
 
     name: str
@@ -82,16 +83,19 @@ class Inspection:
         source: who told them.
         why: why TensorRT's inspector did not; None where it did, or has nothing to do with the engine.
         layers: in the order of execution.
+        batch: how many samples the shapes and multiply-accumulates of an ONNX graph are of: one, or as many as a graph
+            with a fixed batch takes.
     """
 
     source: Literal["TensorRT's inspector", "ONNX graph"]
     why: str | None
     layers: tuple[LayerInfo, ...]
+    batch: int = 1
 
     def as_json(self) -> dict[str, Any]:
         """JSON form."""
         layers = [{**asdict(layer), "precision": layer.precision} for layer in self.layers]
-        return {"source": self.source, "why": self.why, "layers": layers}
+        return {"source": self.source, "why": self.why, "batch": self.batch, "layers": layers}
 
 
 def inspect_engine(engine: str | Path | Engine) -> Inspection:
@@ -120,7 +124,15 @@ def inspect_engine(engine: str | Path | Engine) -> Inspection:
     from .onnx.nodes import nodes_of
 
     extents = {name: axis["opt"] for name, axis in found.axes.items()}
-    return Inspection("ONNX graph", why, nodes_of(_bytes(found, found.folder / ONNX_FILE), extents))
+    nodes = nodes_of(_bytes(found, found.folder / ONNX_FILE), extents)
+    return Inspection("ONNX graph", why, nodes, samples_of(found.inputs))
+
+
+def samples_of(inputs: Sequence[TensorSpec]) -> int:
+    """How many samples a graph with these inputs is inspected for: its own batch where that is fixed, otherwise one."""
+    if any(spec.batched for spec in inputs):
+        return 1
+    return next((int(spec.shape[0]) for spec in inputs if spec.shape), 1)
 
 
 def parse_inspector(text: str) -> tuple[LayerInfo, ...]:

@@ -13,6 +13,7 @@ from ..artifact import sha256_bytes
 from ..errors import ArtifactError, EngineError
 from .entry import ONNX_FILE, Engine, open_entry
 from .fit import obstacle
+from .layer_times import EngineTimes, Floors, layer_times
 from .pool import Gate
 from .tensors import Feeds, TensorSpec, check_batch, check_feeds, check_outputs, placed_form, sample_feeds
 
@@ -51,7 +52,7 @@ class Runner:
         self._batch_range = engine.batch_range
         self._ranges = {name: (extents["min"], extents["max"]) for name, extents in engine.axes.items()}
         self._extents = {name: extents["opt"] for name, extents in engine.axes.items()}
-        self._folder = engine.folder
+        self._folder, self._engine = engine.folder, engine
         self._on_gpu = engine.target.on_gpu
         self._session = session
         self._gate = Gate(self._closed)
@@ -127,14 +128,41 @@ class Runner:
             check_feeds(feeds, self.inputs, self._batch_range, self._ranges)
             return self._session.prepare(feeds)
 
+    def layer_times(
+        self,
+        feeds: Feeds,
+        *,
+        warmup_ms: float = 200.0,
+        duration_s: float = 1.0,
+        poll: Callable[[], None] = lambda: None,
+    ) -> EngineTimes:
+        """How long each layer takes, by the runtime's own profiler, and a whole run with it and without.
+
+        ONNX Runtime opens the graph a second time for it, TensorRT another execution context.
+
+        Args:
+            feeds: as of :meth:`run`.
+            warmup_ms, duration_s: untimed and timed, for the profile; half of each without the profiler, before and
+                after it.
+            poll: called between runs; what it raises ends the profile.
+
+        Raises:
+            EngineError: feeds the engine does not accept, a runtime without times of layers, or a failed run.
+        """
+        with self._gate:
+            check_feeds(feeds, self.inputs, self._batch_range, self._ranges)
+            return layer_times(self._engine, self._session, feeds, Floors(warmup_ms, duration_s, poll))
+
     def sample_inputs(self, batch: int | None = None, seed: int = 0) -> dict[str, np.ndarray]:
         """Seeded inputs of one batch size (the engine's smallest by default); equal seeds give equal inputs.
 
         Other dynamic axes have the extents that the engine is tuned for.
 
         Raises:
-            EngineError: a batch outside the engine's range.
+            EngineError: a batch outside the engine's range, or a seed that is none.
         """
+        if not isinstance(seed, int | np.integer) or seed < 0:
+            raise EngineError(f"seed is {seed!r}", expected="a whole number from 0", fix="leave it out for 0")
         rows = self._batch_range[0] if batch is None else batch
         if any(spec.batched for spec in self.inputs):
             check_batch(rows, self._batch_range)
@@ -192,7 +220,7 @@ def load_engine(
             expected="the folder of an engine, or what build_engine returned",
             fix="build one first: deploy_sparse.build_engine(…)",
         )
-    if not isinstance(contexts, int) or contexts < 1:
+    if not isinstance(contexts, int) or isinstance(contexts, bool) or contexts < 1:
         raise EngineError(f"contexts is {contexts!r}", expected="a number from 1", fix="leave it out for one")
     engine = open_entry(path.folder if isinstance(path, Engine) else path)
     if cuda_graph and not engine.target.on_gpu:

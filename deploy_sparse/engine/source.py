@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from ..artifact import kind_of, sha256_file
 from ..errors import ArtifactError, BuildError
 from .entry import ONNX_FILE, OWN_FILES, Engine
-from .onnx.file import OnnxFile, read_onnx, sidecar_path
+from .onnx.file import OnnxFile, is_contradicted, read_onnx, sidecar_path
 
 _EXPECTED = "an nn.Module (or an object with one in .module), the path of an ONNX file, or an OnnxFile"
 
@@ -36,8 +36,8 @@ def identity_of_file(subject: Any) -> str | None:
     """The identity of an ONNX subject by hashing its bytes alone, which is much faster than reading the graph.
 
     That is enough to find an engine that was built from the very same file. None for other subjects, and for files
-    that cannot be read. Of a path this is the hash of its bytes; where those name other files with weights it is no
-    engine's identity, and only :func:`onnx_of` finds the right one.
+    that cannot be read, or whose sidecar tells of others. Of a path this is the hash of its bytes; where those name
+    other files with weights it is no engine's identity, and only :func:`onnx_of` finds the right one.
 
     Raises:
         ArtifactError: an ``OnnxFile`` whose file was altered since.
@@ -50,9 +50,10 @@ def identity_of_file(subject: Any) -> str | None:
     if not isinstance(subject, str | Path):
         return None
     try:
-        return sha256_file(Path(subject))
+        found = sha256_file(Path(subject))
     except (OSError, ValueError):
-        return None  # reading it in earnest says why
+        return None  # reading it in earnest says why, and so it does of a sidecar
+    return None if is_contradicted(Path(subject), found) else found
 
 
 def payload_of(source: OnnxFile, graph: bytes) -> dict[str, bytes | memoryview]:

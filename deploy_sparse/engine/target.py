@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from ..artifact import digest_of
-from ..config import Config, config_from, read_toml
+from ..config import Config, config_from, not_together, read_toml
 from ..errors import ConfigError, nearest
 
 ComputeCapability = Literal["SM75", "SM80", "SM86", "SM87", "SM89", "SM90", "SM100", "SM103", "SM110", "SM120", "SM121"]
@@ -187,7 +187,10 @@ class Target(Config):
     def digest(self) -> str:
         """SHA-256 of everything that shapes an engine: all fields but the description and those of other runtimes."""
         others = (set() if self.runtime == "torch" else _OF_TORCH) | (_LATER & self._defaults())
-        return digest_of(self.model_dump(mode="json", exclude={"description", *others}))
+        shaping = self.model_dump(mode="json", exclude={"description", *others})
+        if "exclude" in shaping:
+            shaping["exclude"] = sorted(shaping["exclude"])  # the same layers in any order
+        return digest_of(shaping)
 
     @property
     def from_module(self) -> bool:
@@ -245,7 +248,7 @@ def in_precision(target: Target, precision: str | None, exclude: str | Sequence[
     exclude = (exclude,) if isinstance(exclude, str) else exclude
     wanted = target.precision if precision is None else precision
     own = () if wanted == "fp32" else target.exclude
-    patterns = [*own, *(pattern for pattern in exclude if pattern not in own)]
+    patterns = list(dict.fromkeys([*own, *exclude]))
     if wanted == target.precision and patterns == [*target.exclude]:
         return target
     name = target.name if wanted == target.precision else f"{target.name}-{wanted}"
@@ -266,19 +269,15 @@ def in_runtime(target: Target, runtime: str | None) -> Target:
 
 
 def _changed(target: Target, change: dict[str, Any], given: str) -> Target:
+    source = f"target {target.name}"
     try:
-        return config_from(Target, target.model_dump(mode="json"), change, source=f"target {target.name}")
+        return config_from(Target, target.model_dump(mode="json"), change, source=source)
     except ConfigError as problem:
-        if not _is_of_whole(problem):
+        if problem.given != not_together(source):
             raise
         raise ConfigError(
             f"{given} with target {target.name}", expected=problem.expected, fix="change that, or take another target"
         ) from None
-
-
-def _is_of_whole(problem: ConfigError) -> bool:
-    """Whether values do not go together, rather than one key being wrong; the message then prints all of them."""
-    return problem.given.startswith(" = ")
 
 
 def _target_file(name_or_path: str | Path, beside: Path | None = None) -> Path:
@@ -316,8 +315,7 @@ def _read(path: Path, heirs: tuple[Path, ...]) -> Target:
     except ConfigError as problem:  # whose advice is an option on the command line, and targets have none
         hint, question, _ = problem.fix.rpartition("? ")  # "did you mean 'threads'? "
         fix = f"{hint}{question}mend it in {path}"
-        given = f"{path} has keys that do not go together" if _is_of_whole(problem) else problem.given
-        raise ConfigError(given, expected=problem.expected, fix=fix) from None
+        raise ConfigError(problem.given, expected=problem.expected, fix=fix) from None
     return Target(**mine.model_dump(exclude={"inherits"}))
 
 

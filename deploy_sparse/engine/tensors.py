@@ -110,6 +110,12 @@ def numpy_form(name: str, array: Any, wanted: TensorSpec) -> Form:
             expected=f"a NumPy array {wanted}",
             fix=f"{there}convert it with {hint}",
         )
+    if type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
+        raise EngineError(
+            f"{name} is a masked array, of which the engine would read what is masked too",
+            expected=f"a NumPy array {wanted}",
+            fix="fill in what is masked: array.filled(0)",
+        )
     flags = array.flags
     return Form(_name_of(array.dtype), array.shape, flags.c_contiguous, writeable=flags.writeable)
 

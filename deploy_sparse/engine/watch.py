@@ -120,6 +120,15 @@ class Watch:
         self._goes_on()
         self._raise_kept()
 
+    def tell(self, what: str) -> None:
+        """Report a step of what comes before the compilation, and raise the reason to stop, if there is one.
+
+        Raises:
+            BuildError: as :meth:`check`. Anything that ``progress`` raised.
+        """
+        self.check()
+        self._report(what)
+
     def wait(self, ready: Callable[[], bool], what: str) -> None:
         """Ask ``ready`` until it is true, with short pauses; ``what`` is reported meanwhile.
 
@@ -143,7 +152,7 @@ class Watch:
         Raises:
             BaseException: what was kept, or what else ended the build.
         """
-        found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         handlers = {number: handler for number, handler in found.items() if callable(handler)}
         if threading.current_thread() is not threading.main_thread():  # only there handlers run, and can be set
             handlers = {}

@@ -1,13 +1,15 @@
 """Configurations are strict, and every message names the key, what it accepts and the nearest name."""
 
 import json
+import subprocess
+import sys
 import tomllib
 from typing import Annotated, Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from deploy_sparse.config import (
     Config,
@@ -227,11 +229,11 @@ _values = st.recursive(
     st.integers(-(2**40), 2**40)
     | st.booleans()
     | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text('ab"\\ é\n'),
+    | st.text('ab"\\ é\n\x7f\x00\U0001f3ab', max_size=6),
     lambda inner: st.lists(inner, max_size=3),
     max_leaves=5,
 )
-_names = st.text("abc_", min_size=1, max_size=4)
+_names = st.text("abc_", min_size=1, max_size=4) | st.text("a. +/[]\"'=#é\U0001f3ab", max_size=4)
 
 
 @given(st.dictionaries(_names, _values | st.dictionaries(_names, _values | st.dictionaries(_names, _values))))
@@ -251,3 +253,54 @@ def test_differences_list_every_changed_key():
     old, new = {"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3, "d": 4}}
     assert differences(old, new) == ["b.c: 2 -> 3", "b.d: absent -> 4"]
     assert dict(flatten(new)) == {"a": 1, "b.c": 3, "b.d": 4}
+
+
+class Range(Config):
+    low: int = 1
+    high: int = 2
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.low > self.high:
+            raise ValueError("low <= high")
+        return self
+
+
+class Paired(Config):
+    seed: int = 0
+    by: Range = Range()
+    ways: tuple[Range, ...] = ()
+    only: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.only and self.seed:
+            raise ValueError("seed only without only")
+        return self
+
+
+@pytest.mark.parametrize(
+    ("values", "given", "expected", "fix"),
+    [
+        ({"seed": 3, "only": True}, "the file has keys that do not go together", "seed only without only",
+         "change one of them"),
+        ({"by": {"low": 5}}, "by.low = 5 in the file", "low <= high", "change --by.low VALUE"),
+        ({"by": {"low": 5, "high": 4}}, "by.low = 5, by.high = 4 in the file", "low <= high",
+         "change --by.low VALUE or --by.high VALUE"),
+        ({"ways": [{"low": 5}]}, "ways.0.low = 5 in the file", "low <= high", "change --ways.0.low VALUE"),
+    ],
+)  # fmt: skip
+def test_values_that_do_not_go_together(values: dict[str, Any], given: str, expected: str, fix: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from(Paired, values, source="the file")
+    assert (caught.value.given, caught.value.expected, caught.value.fix) == (given, expected, fix)
+
+
+def test_files_are_utf_8_whatever_the_locale(tmp_path) -> None:
+    (tmp_path / "a.toml").write_bytes('text = "für"\n'.encode())
+    code = "import sys; from deploy_sparse.config import read_toml; print(ascii(read_toml(sys.argv[1])))"
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "a.toml"], env=plain, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "{'text': 'f\\xfcr'}\n"

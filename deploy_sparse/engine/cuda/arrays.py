@@ -16,6 +16,7 @@ import numpy as np
 
 from ...errors import EngineError
 from ..tensors import Form
+from .gpu import gpu_of_address
 from .runtime import Buffer, Cuda, Stream, out_of_memory
 
 _LEGACY_STREAM = 1  # the default stream, as both protocols number it
@@ -32,7 +33,7 @@ class DeviceView:
         stream: another stream that must have finished with it first; None where the caller's has.
         owner: what was given.
         keep: what must live as long as the address is used.
-        device: number of the GPU; None where its library does not tell.
+        device: number of the GPU; None where nobody tells.
     """
 
     form: Form
@@ -153,7 +154,10 @@ def _view(name: str, value: Any, stream: int) -> DeviceView:
         if value.__dlpack_device__()[0] not in _ON_CUDA:
             raise _not_there(name, value)
         try:
-            return view_of_capsule(value, value.__dlpack__(stream=stream or _LEGACY_STREAM))
+            capsule = value.__dlpack__(stream=stream or _LEGACY_STREAM)
+            if (kind := _tensor_of(capsule).device_type) not in _ON_CUDA:
+                raise BufferError(f"the memory is of DLPack's device type {kind}, which is not CUDA's")
+            return view_of_capsule(value, capsule)
         except Exception as problem:  # a producer raises whatever it likes
             raise EngineError(
                 f"{name!r} is a {type(value).__name__}, which does not give its memory away: {problem}",
@@ -194,7 +198,8 @@ def _of_interface(value: Any, interface: Mapping[str, Any]) -> DeviceView:
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     pointer, read_only = interface["data"]
     form = Form(str(dtype), shape, dense, int(pointer), nbytes, writeable=not read_only)
-    return DeviceView(_with_torchs_advice(form), interface.get("stream"), value)
+    device = gpu_of_address(int(pointer))  # the protocol does not tell
+    return DeviceView(_with_torchs_advice(form), interface.get("stream"), value, device=device)
 
 
 def _with_torchs_advice(form: Form) -> Form:
@@ -234,9 +239,7 @@ class _Tensor(ctypes.Structure):
 
 def view_of_capsule(value: Any, capsule: Any) -> DeviceView:
     """What a DLPack capsule says; it is not consumed, so its producer frees the memory with the capsule."""
-    address = ctypes.pythonapi.PyCapsule_GetPointer
-    address.restype, address.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    found = ctypes.cast(address(capsule, b"dltensor"), ctypes.POINTER(_Tensor)).contents
+    found = _tensor_of(capsule)
     shape = tuple(found.shape[: found.ndim])
     kind, bits = _KINDS.get(found.dtype.code, "unknown"), found.dtype.bits
     dtype = "bool" if kind == "bool" else f"{kind}{bits}" + (f"x{found.dtype.lanes}" if found.dtype.lanes > 1 else "")
@@ -244,6 +247,12 @@ def view_of_capsule(value: Any, capsule: Any) -> DeviceView:
     nbytes = int(np.prod(shape, dtype=np.int64)) * bits * found.dtype.lanes // 8
     form = Form(dtype, shape, dense, (found.data or 0) + found.byte_offset, nbytes)
     return DeviceView(_with_torchs_advice(form), None, value, capsule, found.device_id)
+
+
+def _tensor_of(capsule: Any) -> _Tensor:
+    address = ctypes.pythonapi.PyCapsule_GetPointer
+    address.restype, address.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    return ctypes.cast(address(capsule, b"dltensor"), ctypes.POINTER(_Tensor)).contents
 
 
 def _free(cuda: Cuda, buffer: Buffer) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import sys
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_…
+_DEVICE_ORDINAL = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,20 @@ def local_gpu() -> Gpu | None:
     return Gpu(torch.cuda.get_device_name(0), f"SM{major}{minor}")
 
 
+def gpu_of_address(address: int) -> int | None:
+    """Number of the GPU on which the memory at an address was allocated; None where the driver does not know.
+
+    Asked of the driver, so that every library's memory is told alike. A context has to be current in some thread, which
+    it is where there is memory.
+    """
+    driver = _driver() if address else None
+    found = ctypes.c_int()
+    if driver is None or driver.cuPointerGetAttribute(ctypes.byref(found), _DEVICE_ORDINAL, ctypes.c_uint64(address)):
+        return None
+    return found.value
+
+
+@cache
 def _driver() -> Any:
     """The driver's library, or None."""
     try:

@@ -143,11 +143,14 @@ class _Stream:
                 self._calls("cudaGraphDestroy", self._calls("cudaStreamEndCapture", self.handle))
             raise
         graph = self._calls("cudaStreamEndCapture", self.handle)
-        try:
-            launchable = self._calls("cudaGraphInstantiate", graph, 0)
-        finally:
-            self._calls("cudaGraphDestroy", graph)
-        return _Graph(self._calls, launchable, self.handle)
+        with ExitStack() as undo:
+            try:
+                made = _Graph(self._calls, self._calls("cudaGraphInstantiate", graph, 0), self.handle)
+                undo.callback(made.free)
+            finally:
+                self._calls("cudaGraphDestroy", graph)
+            undo.pop_all()
+        return made
 
     def _event(self, events: ExitStack) -> Any:
         event = self._calls("cudaEventCreate")

@@ -147,6 +147,20 @@ def read_onnx(path: str | Path) -> OnnxFile:
     return describe_graph(path, data, graph)
 
 
+def is_contradicted(path: Path, sha256: str) -> bool:
+    """Whether the file at ``path``, which has this hash, has a sidecar that is damaged or of another file."""
+    beside = sidecar_path(path)
+    if not beside.is_file():
+        return False
+    try:
+        told = artifact.read_json(beside)
+    except ArtifactError:
+        return True
+    if not isinstance(told, Mapping) or (told.get("kind"), told.get("sha256")) != ("onnx", sha256):
+        return True
+    return artifact.digest_of({key: value for key, value in told.items() if key != "digest"}) != told.get("digest")
+
+
 def parse_graph(path: Path, data: bytes) -> onnx.ModelProto:
     """Parse and check the bytes of the ONNX file at ``path``; large weights in other files are not read.
 

@@ -17,7 +17,9 @@ _NAMES = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "
 
 
 def nodes_of(graph: bytes, extents: Mapping[str, int], path: Path = Path("model.onnx")) -> tuple[LayerInfo, ...]:
-    """Every node of an ONNX graph, in order; shapes and multiply-accumulates are those of one sample.
+    """Every node of an ONNX graph, in order.
+
+    Shapes and multiply-accumulates are those of one sample where the batch is dynamic, else of the graph's own batch.
 
     Args:
         graph: bytes of an ONNX file; weights that it keeps in a second file are counted without being read.
@@ -66,6 +68,19 @@ def nodes_of(graph: bytes, extents: Mapping[str, int], path: Path = Path("model.
     return tuple(layers)
 
 
+def place_of(graph: bytes, domain: str, operator: str) -> str:
+    """Where in a graph an operator is used first: ``node 'name'``, or without a name what the node writes."""
+    model = onnx.load_model_from_string(graph)
+    bodies: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
+    for body in bodies:  # which grows: branches and loops have some of their own
+        for node in body.node:
+            if node.op_type == operator and (node.domain or "ai.onnx") == (domain or "ai.onnx"):
+                return f"node {node.name!r}" if node.name else f"the node that writes {', '.join(node.output)!r}"
+            for attribute in node.attribute:
+                bodies += [attribute.g] if attribute.HasField("g") else attribute.graphs
+    return "a node"
+
+
 def _check_names(graph: onnx.GraphProto) -> None:
     """ValueError where a name is no text: protobuf reads one that is no UTF-8 all the same, as bytes."""
     for node in graph.node:
@@ -81,7 +96,7 @@ def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _fixed(model: onnx.ModelProto, extents: Mapping[str, int]) -> onnx.ModelProto:
-    """The model at one sample, with all that it says of shapes further on left to inference."""
+    """The model at one sample if its batch is dynamic, with all that it says of shapes further on left to inference."""
     weights = {tensor.name for tensor in model.graph.initializer}
     for value in model.graph.input:
         if value.name in weights:

@@ -16,6 +16,21 @@ from ..tensors import NOTHING, Feeds
 VERSION: str = onnxruntime.__version__
 
 
+def session_options(threads: int, folder: Path | None = None) -> onnxruntime.SessionOptions:
+    """The options that every session here has; arguments as of :class:`OrtSession`."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    options.log_severity_level = 4  # errors come back as exceptions, not as lines on the screen
+    return options
+
+
 class OrtSession:
     """An ONNX graph ready to run on the CPU. ``run`` may be called from several threads.
 
@@ -32,16 +47,7 @@ class OrtSession:
     """
 
     def __init__(self, graph: bytes, threads: int = 1, *, folder: Path | None = None) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        if folder is not None:
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        options.log_severity_level = 4  # errors come back as exceptions, not as lines on the screen
+        options = session_options(threads, folder)
         try:
             self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as problem:  # ONNX Runtime's exceptions share no base class of their own

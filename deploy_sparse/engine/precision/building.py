@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -83,7 +83,7 @@ def lower(source: OnnxFile, graph: bytes, target: Target, calibration: Calibrati
         exclude=target.exclude,
         calibration=calibration,
         runtime=target.runtime,
-        between=watch.check,
+        between=_told(watch, "calibrating", len(calibration.batches) if calibration else 0),
     )
     found: dict[str, Any] = {"against": "fp32", "data": None, "computed": made.how}
     if made.compared is not None:
@@ -95,7 +95,7 @@ def lower(source: OnnxFile, graph: bytes, target: Target, calibration: Calibrati
             batches,
             precision=target.precision,
             as_written=target.runtime != "onnxruntime",
-            between=watch.check,
+            between=_told(watch, f"comparing {target.precision} with fp32", len(batches)),
         )
     described = describe_graph(source.path, made.data, parse_graph(source.path, made.data))
     kept = replace(described, parameters=source.parameters, macs=source.macs)
@@ -127,6 +127,18 @@ def _whole(source: OnnxFile, graph: bytes) -> bytes:
             expected="less than 2 GB, which is what a graph that is lowered can hold",
             fix="build it in fp32, or for PyTorch: a target with runtime torch",
         ) from problem
+
+
+def _told(watch: Watch, what: str, total: int) -> Callable[[], None]:
+    """What is called before each of so many batches: it reports that one, and may stop the build."""
+    done = 0
+
+    def between() -> None:
+        nonlocal done
+        done = min(done + 1, total)  # the quantizer asks once more at the end
+        watch.tell(f"{what}, batch {done} of {total}")
+
+    return between
 
 
 def _random(inputs: Sequence[TensorSpec], target: Target) -> list[dict[str, np.ndarray]]:

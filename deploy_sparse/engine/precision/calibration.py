@@ -15,7 +15,7 @@ from ...errors import ArtifactError, ConfigError, EngineError
 from ..tensors import TensorSpec, check_feeds
 
 ROWS = 32  # of one batch, where the data is one long array
-_FORMS = "an .npz file, a folder of .npy files, an array of samples, or an iterable of input batches"
+_FORMS = "an .npz file, a folder of .npy files, an array of samples, a mapping of such, or an iterable of input batches"
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ def read_calibration(
 
     Args:
         given: the path of an ``.npz`` file with one array per input, ``[samples, …]``, or of a folder of ``.npy``
-            files, each a batch for the only input; one array of samples; or an iterable of batches, each an array or
-            tensor for the only input, a tuple of them in the order of the inputs, or a mapping by input name. None
-            stays None.
+            files, each a batch for the only input; one array of samples; a mapping of such by input name, such as
+            ``np.load`` returns; or an iterable of batches, each an array or tensor for the only input, a tuple of them
+            in the order of the inputs, or a mapping by input name. None stays None.
         inputs: the graph's.
         ranges: smallest and largest extents of dynamic axes other than the batch, by name.
 
@@ -59,7 +59,9 @@ def read_calibration(
         source, raw = path.name, _from_folder(path) if path.is_dir() else _from_npz(path, inputs)
     elif hasattr(given, "__array__"):
         source, raw = "the array given", _split({inputs[0].name: _array(given)}, inputs)
-    elif isinstance(given, Iterable) and not isinstance(given, Mapping | bytes):
+    elif isinstance(given, Mapping):
+        source, raw = "the arrays given", _of_inputs({str(key): _array(value) for key, value in given.items()}, inputs)
+    elif isinstance(given, Iterable) and not isinstance(given, bytes):
         source, raw = "the batches given", list(given)
     else:
         raise ConfigError(f"calibration data is a {type(given).__name__}", expected=_FORMS, fix="pass one of these")
@@ -71,6 +73,12 @@ def read_calibration(
             fix="give some that the network was not trained on",
         )
     rows = sum(_checked(batch, inputs, ranges, source, index) for index, batch in enumerate(batches))
+    if all(_is_one_number(batches, spec.name) for spec in inputs):
+        raise ConfigError(
+            f"{source} is the same number everywhere",
+            expected="real inputs: the ranges within the network follow from them",
+            fix="give samples as the network will see them, preprocessed in the same way",
+        )
     return Calibration(batches, _digest(batches), source, rows)
 
 
@@ -88,11 +96,9 @@ def _from_npz(path: Path, inputs: Sequence[TensorSpec]) -> list[Any]:
         raise ArtifactError(f"{path} does not exist", expected=_FORMS, fix="check the path") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as problem:
         raise _damaged(path, problem) from problem
-    if len(arrays) == len(inputs) == 1:
-        arrays = {inputs[0].name: next(iter(arrays.values()))}  # under any name
     if not arrays:
         raise ConfigError(f"{path} holds no arrays", expected=_FORMS, fix="np.savez(path, input=images) writes one")
-    return _split(arrays, inputs)
+    return _of_inputs(arrays, inputs)
 
 
 def _from_folder(path: Path) -> list[Any]:
@@ -118,6 +124,13 @@ def _damaged(path: Path, problem: Exception) -> ArtifactError:
         expected="arrays of numbers, as np.savez and np.save write them",
         fix="write it again: np.savez(path, input=images)",
     )
+
+
+def _of_inputs(arrays: Mapping[str, np.ndarray], inputs: Sequence[TensorSpec]) -> list[Any]:
+    """Long arrays by name as batches; a single one for a single input may have any name."""
+    if len(arrays) == len(inputs) == 1:
+        arrays = {inputs[0].name: next(iter(arrays.values()))}
+    return _split(arrays, inputs)
 
 
 def _split(arrays: Mapping[str, np.ndarray], inputs: Sequence[TensorSpec]) -> list[Any]:
@@ -152,6 +165,10 @@ def _named(batch: Any, inputs: Sequence[TensorSpec], index: int) -> dict[str, np
 def _array(value: Any) -> np.ndarray:
     if hasattr(value, "detach"):
         value = value.detach().cpu()
+    if isinstance(value, np.ma.MaskedArray):
+        raise ConfigError(
+            "calibration data is a masked array", expected="numbers only", fix="fill in what is masked: array.filled(0)"
+        )
     return np.ascontiguousarray(value) if np.ndim(value) else np.asarray(value)
 
 
@@ -178,6 +195,13 @@ def _checked(
             )
     first = next(iter(batch.values()))
     return rows if any(spec.batched for spec in inputs) else int(first.shape[0]) if first.ndim else 1
+
+
+def _is_one_number(batches: Sequence[Mapping[str, np.ndarray]], name: str) -> bool:
+    """Whether an input has more than one entry over all batches, and all of them are equal."""
+    first = batches[0][name].flat[0]
+    several = sum(batch[name].size for batch in batches) > 1
+    return several and all(bool((batch[name] == first).all()) for batch in batches)
 
 
 def _digest(batches: Sequence[Mapping[str, np.ndarray]]) -> str:

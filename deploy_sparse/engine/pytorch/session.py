@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from ...errors import DeploySparseError, EngineError
 from ...exporting import quiet
 from ...programs.program import read_bytes
-from ..cuda.arrays import DeviceView
+from ..cuda.arrays import DeviceView, check_device
 from ..target import Target
 from ..tensors import NOTHING, Feeds
 from .choice import BlockChoice, with_block_kernels
@@ -109,8 +109,10 @@ class TorchSession:
         Results are copied into the tensors of ``out``.
 
         Raises:
-            EngineError: the program fails on these inputs.
+            EngineError: the program fails on these inputs, or they are on another GPU.
         """
+        for views in (feeds, out):
+            check_device(views, self._stream.device.index)
         with self._lock, self._explained("running"), torch.no_grad():
             current = torch.cuda.current_stream()
             for view in (*feeds.values(), *out.values()):

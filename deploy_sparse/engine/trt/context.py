@@ -113,6 +113,11 @@ class Context:
                 )
         self._addresses = addresses
 
+    def watch(self, profiler: Any) -> None:
+        """Have ``profiler``, which must outlive this, told the time of every layer; a run then waits for its end."""
+        self._context.profiler = profiler
+        self._context.enqueue_emits_profile = True
+
     def enqueue(self, stream: Stream) -> None:
         """Queue a run.
 

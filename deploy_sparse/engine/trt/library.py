@@ -340,7 +340,8 @@ def _logger(trt: Any) -> Any:
             def act() -> None:
                 if severity.name.endswith("ERROR"):
                     _errors.append(message)
-                log.log(levels.get(severity.name, logging.DEBUG), "%s", message.strip())
+                level = levels.get(severity.name, logging.DEBUG)
+                log.log(level, "TensorRT: %s", readable([message]) if level == logging.WARNING else message.strip())
 
             _watching[0].safely(act)
 

@@ -14,6 +14,7 @@ import numpy as np
 from ...errors import EngineError, MissingDependencyError
 from ..cuda.arrays import DeviceArray, DeviceView, check_device, new_tensor, torch_with_cuda
 from ..cuda.runtime import cuda_library
+from ..layer_times import Floors, NodeTime
 from ..pool import Pool
 from ..tensors import NOTHING, Feeds, numpy_dtype
 from .context import ITEM_SIZES, Opened, Shapes
@@ -52,7 +53,7 @@ class TrtSession:
         cuda_graph: bool = False,
         graph_path: Path | None = None,
     ) -> None:
-        trt = library(runtime)
+        trt = self._library = library(runtime)
         self._rebuild = rebuild
         self._runtime = trt.Runtime(process_logger(runtime))  # must outlive the engine
         self._runtime.engine_host_code_allowed = allow_host_code
@@ -133,6 +134,17 @@ class TrtSession:
         """A closure that runs once on feeds already on the GPU and waits for the result; no transfers in it."""
         with self._pool.borrow() as worker:
             return worker.prepare(feeds, partial(self._lend, worker))
+
+    def layer_times(self, feeds: Feeds, floors: Floors) -> tuple[tuple[NodeTime, ...], int, float]:
+        """Times of the engine's layers, how many runs they are of, and the ms of a whole run under the profiler.
+
+        Raises:
+            EngineError: TensorRT, or CUDA, fails.
+        """
+        from .profiling import profile_plan
+
+        with self._pool.borrow():
+            return profile_plan(self._library, self._cuda, self._opened(self._library), feeds, floors)
 
     def close(self) -> None:
         """Wait for running calls; release contexts, engine and runtime, in the order TensorRT asks for."""

@@ -17,6 +17,7 @@ log = logging.getLogger("deploy_sparse.tensorrt")
 
 _GRAPHS = 8  # sets of shapes that a worker keeps captured
 
+_Key = tuple[tuple[int, ...], ...]
 Lend = Callable[[], AbstractContextManager[object]]
 
 
@@ -48,7 +49,8 @@ class Worker:
 
     def __init__(self, cuda: Cuda, opened: Opened, *, graphs: bool = False) -> None:
         self._cuda, self._opened, self._graphs = cuda, opened, graphs
-        self._captured: dict[tuple[tuple[int, ...], ...], Slot] = {}  # the latest used last
+        self._captured: dict[_Key, Slot] = {}  # the latest used last
+        self._uncaptured: dict[_Key, str] = {}  # shapes for which that failed, as for want of memory, and why
         self._prepared: weakref.WeakSet[Prepared] = weakref.WeakSet()
         with cuda.active(), ExitStack() as made:
             self.stream = cuda.stream()
@@ -99,7 +101,7 @@ class Worker:
     def prepare(self, feeds: Mapping[str, np.ndarray], lend: Lend) -> Prepared:
         """Put feeds on the GPU and run once; ``lend`` borrows this worker for the time of a call."""
         with self._cuda.active(), ExitStack() as made, _drained(self.stream):
-            if slot := self._captured_on(feeds) if self._graphs else None:
+            if slot := self._captured_on(feeds):
                 made.callback(slot.close)
             else:
                 slot = Slot(self._cuda, self._opened, self._context, self.stream)
@@ -128,12 +130,12 @@ class Worker:
 
     def _filled(self, feeds: Mapping[str, np.ndarray]) -> Slot:
         """A slot with the feeds in it: the one captured for their shapes, a new one, or the plain one."""
-        key = tuple(feeds[name].shape for name in self._opened.inputs)
+        key = self._key(feeds)
         if key in self._captured:
             found = self._captured[key] = self._captured.pop(key)
             found.fill(feeds)
             return found
-        if not self._graphs or (new := self._captured_on(feeds)) is None:
+        if (new := self._captured_on(feeds)) is None:
             self._plain.fill(feeds)
             return self._plain
         self._captured[key] = new
@@ -142,7 +144,13 @@ class Worker:
         return new
 
     def _captured_on(self, feeds: Mapping[str, np.ndarray]) -> Slot | None:
-        """A new slot with these feeds, captured on them; None, and no further attempts, where that is impossible."""
+        """A new slot with these feeds, captured on them; None where no graphs are wanted, or these shapes gave none.
+
+        After so many shapes without a graph as are kept with one, no further ones are tried.
+        """
+        key = self._key(feeds)
+        if not self._graphs or key in self._uncaptured or len(self._uncaptured) >= _GRAPHS:
+            return None
         self._context.set_shapes({name: feeds[name].shape for name in self._opened.inputs})  # or refuse them
         with ExitStack() as made:
             try:
@@ -152,11 +160,17 @@ class Worker:
                     slot.fill(feeds)
                     slot.capture()
             except EngineError as problem:
-                log.warning("runs are launched one by one, as capturing a CUDA graph failed: %s", problem.given)
-                self._graphs = False
+                if problem.given not in self._uncaptured.values():
+                    shapes = " and ".join(str(list(shape)) for shape in key)
+                    why = "runs on %s are launched one by one, as capturing a CUDA graph failed: %s"
+                    log.warning(why, shapes, problem.given)
+                self._uncaptured[key] = problem.given
                 return None
             made.pop_all()
             return slot
+
+    def _key(self, feeds: Mapping[str, np.ndarray]) -> _Key:
+        return tuple(feeds[name].shape for name in self._opened.inputs)
 
 
 @contextmanager

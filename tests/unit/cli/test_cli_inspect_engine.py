@@ -97,3 +97,30 @@ def test_a_folder_that_holds_nothing_names_what_can_be_inspected(capsys, tmp_pat
     assert "holds nothing to inspect" in err
     assert "an engine's; or an ONNX file" in err
     assert "does not exist" in run(capsys, tmp_path / "gone.onnx")[2]
+
+
+def test_a_graph_with_a_batch_of_its_own(capsys, tmp_path):
+    """Its counts are those of the whole batch, and it says so."""
+    tensors = [helper.make_tensor_value_info(*given) for given in (("x", TensorProto.FLOAT, (5, 3)), ("y", 1, (5, 4)))]
+    weight = helper.make_tensor("w", TensorProto.FLOAT, (3, 4), [1.0] * 12)
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", tensors[:1], tensors[1:], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    (tmp_path / "fixed.onnx").write_bytes(model.SerializeToString())
+    note = "shapes and MACs are those of the graph's fixed batch of 5"
+    made = build_engine(tmp_path / "fixed.onnx", "cpu", out=tmp_path / "out")
+    for path in (tmp_path / "fixed.onnx", made.folder):
+        assert note in run(capsys, path)[1].splitlines()
+        value = json.loads(run(capsys, path, "--json")[1])
+        assert (value["batch"], value["MACs"], value["layers"][0]["outputs"][0]["shape"]) == (5, 60, [5, 4])
+
+
+def test_a_dynamic_batch_is_inspected_at_one_sample(capsys, engine):
+    assert "fixed batch" not in run(capsys, engine.folder)[1]
+    assert json.loads(run(capsys, engine.folder, "--json")[1])["batch"] == 1
+
+
+def test_a_bundle_is_verified_instead(capsys, tmp_path):
+    (tmp_path / "net.zip").write_bytes(b"PK")
+    code, _, err = run(capsys, tmp_path / "net.zip")
+    assert code == 2
+    assert f"deploy-sparse bundle --verify {tmp_path / 'net.zip'}" in err

@@ -48,6 +48,14 @@ def entry(built: Engine, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built.folder, tmp_path / built.folder.name))
 
 
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """An empty folder for engines."""
+    folder = tmp_path / "store"
+    folder.mkdir()
+    return folder
+
+
 GPU_TARGETS = [("rtx-portable", "tensorrt_rtx"), ("tensorrt", "tensorrt")]
 
 

@@ -335,11 +335,20 @@ def fake_pycuda(gpu: FakeGpu) -> ModuleType:
     return module
 
 
+def on_cuda(capsule: object) -> object:
+    """A DLPack capsule of the CPU that says that its memory is CUDA's."""
+    address = ctypes.pythonapi.PyCapsule_GetPointer
+    address.restype, address.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    ctypes.c_int32.from_address(address(capsule, b"dltensor") + ctypes.sizeof(ctypes.c_void_p)).value = 2
+    return capsule
+
+
 class FakeDriver:
     """``libcuda.so.1`` with one RTX 4090, or ``failing`` in a call."""
 
     def __init__(self, failing: str = "", name: bytes = b"NVIDIA GeForce RTX 4090", capability=(8, 9)) -> None:
         self._failing, self._name, self._capability = failing, name, capability
+        self.owners: dict[int, int] = {}  # which GPU an address is on
 
     def _answer(self, call: str) -> int:
         return 100 if call == self._failing else 0
@@ -361,6 +370,11 @@ class FakeDriver:
         assert device.value == 3
         value._obj.value = self._capability[{75: 0, 76: 1}[attribute]]
         return self._answer("cuDeviceGetAttribute")
+
+    def cuPointerGetAttribute(self, data, attribute: int, address) -> int:
+        assert attribute == 9
+        data._obj.value = self.owners.get(address.value, 0)
+        return 0 if address.value in self.owners else 1
 
 
 # Sessions on it

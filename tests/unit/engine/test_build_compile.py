@@ -143,12 +143,16 @@ def test_ctrl_c_within_the_compiler(deep: OnnxFile) -> None:
         while True:
             compiled(deep)
 
-    for delay in (0.01, 0.05, 0.1):
-        timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
-        with pytest.raises(KeyboardInterrupt):
-            compiles_on()
-        timer.join()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
+    try:
+        for delay in (0.01, 0.05, 0.1):
+            timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                compiles_on()
+            timer.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_threads_compile_one_after_the_other_and_can_be_stopped_while_they_wait(deep: OnnxFile) -> None:

@@ -102,7 +102,8 @@ BAD = {
     "no batches": (lambda folder: [], "the batches given holds no samples"),
     "empty batch": (lambda folder: [X[:0]], "has an empty batch"),
     "number": (lambda folder: 3, "calibration data is a int"),
-    "one mapping": (lambda folder: {"input": X}, "calibration data is a dict"),
+    "masked": (lambda folder: [np.ma.masked_less(X, 9)], r"masked array(.|\n)*filled\(0\)"),
+    "bytes": (lambda folder: b"x", "calibration data is a bytes"),
     "labels": (lambda folder: [(X, np.zeros(70))], r"batch 0 holds 2 arrays(.|\n)*leave labels out"),
     "type": (lambda folder: X.astype(np.float64), r"dtype float64(.|\n)*astype\(np\.float32\)"),
     "shape": (lambda folder: [X, X[:, :2]], r"calibration batch 1 of the batches given: input 'input' has 2 at axis 1"),
@@ -130,3 +131,28 @@ def test_other_axes_are_checked_against_their_ranges() -> None:
     assert read_calibration([X, X[:, :2]], specs, {"length": (1, 3)}) is not None
     with pytest.raises(ConfigError, match="has 3 at axis 1"):
         read_calibration([X], specs, {"length": (1, 2)})
+
+
+def test_long_arrays_by_name(tmp_path: Path) -> None:
+    np.savez(tmp_path / "two.npz", image=X, ids=IDS)
+    for given in ({"image": X, "ids": IDS}, {"ids": torch.from_numpy(IDS), "image": torch.from_numpy(X)}):
+        found = read(given, TWO)
+        assert (found.samples, found.source) == (70, "the arrays given")
+        assert found.digest == read(tmp_path / "two.npz", TWO).digest
+    with np.load(tmp_path / "two.npz") as archive:
+        assert read(archive, TWO).digest == found.digest
+    assert read({"anything": X}).digest == read(X).digest
+    with pytest.raises(ConfigError, match=r"unknown input 'labels'"):
+        read({"image": X, "labels": IDS}, TWO)
+    with pytest.raises(ConfigError, match=r"calibration arrays have shapes image \(70, 3\), ids \(40, 2\)"):
+        read({"image": X, "ids": IDS[:40]}, TWO)
+
+
+def test_numbers_that_tell_no_range() -> None:
+    for given in (np.zeros((70, 3), np.float32), [np.full((4, 3), 0.5, np.float32)] * 2):
+        with pytest.raises(ConfigError, match=r"is the same number everywhere(.|\n)*preprocessed"):
+            read(given)
+    assert read([np.zeros((4, 3), np.float32), np.ones((4, 3), np.float32)]).samples == 8
+    ones = {"image": X, "ids": np.ones_like(IDS)}  # a mask may be
+    assert read(ones, TWO).samples == 70
+    assert read(np.zeros((1, 1), np.float32), [TensorSpec("x", "float32", ("n", 1))]).samples == 1

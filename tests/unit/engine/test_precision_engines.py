@@ -200,7 +200,7 @@ def test_advice_on_fp8_is_about_gpus_only_where_they_may_be_too_old(rtx: None, t
         helper.make_node("Dropout", ["a"], ["output", ""], "drop"),
     ]
     onnx.save(model_of(nodes, {"w": np.eye(4, dtype=np.float32)}), tmp_path / "x.onnx")
-    data = np.ones((16, 4), np.float32)
+    data = np.arange(64, dtype=np.float32).reshape(16, 4)
     with pytest.raises(BuildError, match=r"node 'drop'(.|\n)*exclude the layer it names"):
         build_engine(tmp_path / "x.onnx", "rtx-sm89", out=tmp_path / "out", precision="fp8", calibration=data)
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cuda_fakes import FakeGpu
+from cuda_fakes import FakeGpu, on_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runtime_fakes import Foreign
@@ -76,7 +76,7 @@ class Producer:
 
     def __dlpack__(self, *, stream: int) -> object:
         self.streams.append(stream)
-        return self.array.__dlpack__()
+        return on_cuda(self.array.__dlpack__())
 
 
 def test_producers_are_told_which_stream_will_read() -> None:

@@ -76,7 +76,7 @@ print(gpu.is_clean(), gpu.launches, {"torch", "onnx"} & set(sys.modules))
 
 def test_a_tensorrt_engine_without_a_gpu_says_so_without_torch(built_rtx: Engine) -> None:
     code = """
-from deploy_sparse.engine import gpu
+from deploy_sparse.engine.cuda import gpu
 gpu._driver = lambda: None
 import deploy_sparse
 from deploy_sparse.errors import EngineError
@@ -86,3 +86,13 @@ except EngineError as problem:
     print(problem.given.rpartition("here: ")[2])
 """
     assert program(code, built_rtx.folder) == "no NVIDIA GPU\n"
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, "1"), ("0", "0")])
+def test_onnx_runtime_reports_nothing_unless_it_is_told_to(tmp_path: Path, own: str | None, expected: str) -> None:
+    """Not from an engine that is loaded, and whatever part of the toolkit comes first; where it would, it says so."""
+    code = "import os, deploy_sparse.engine.precision.agreement; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    given = {"PATH": "", "TMPDIR": str(tmp_path)} | ({} if own is None else {"ORT_DISABLE_TELEMETRY": own})
+    done = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{expected}\n"
+    assert own == "0" or not list(tmp_path.iterdir())  # its session's file

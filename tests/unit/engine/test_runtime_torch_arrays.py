@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cuda_fakes import on_cuda
 from torch import nn
 from torch_samples import target_of
 
@@ -41,6 +42,7 @@ class Stream:
     """A stream that notes what it waits for."""
 
     log: list[tuple[str, str]]
+    device = torch.device("cuda", 0)
 
     def __init__(self, name: object = "own") -> None:
         self.name, self.cuda_stream = str(name), 77
@@ -125,7 +127,7 @@ class Produced:
         return 2, 0
 
     def __dlpack__(self, *, stream: int | None = None, **_: object) -> object:
-        return self.tensor.__dlpack__()
+        return on_cuda(self.tensor.__dlpack__())
 
 
 def test_streams_of_other_libraries_are_waited_for(runner: Runner, log, monkeypatch: pytest.MonkeyPatch) -> None:
