@@ -10,7 +10,7 @@ demo: $(STAMP)  ## the main job: digits, from training to measured engines
 	$(BIN)/deploy-sparse run imp_refill --config resnet_digits --resume
 
 test: lint  ## lint, types and the default test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 slow: $(STAMP)  ## recipes end to end
 	$(BIN)/python -m pytest -m slow

@@ -41,7 +41,8 @@ from deploy_sparse.engine.target import load_target
 from deploy_sparse.errors import DeploySparseError
 from deploy_sparse.sparsify.regroup import RegroupRule
 from deploy_sparse.surgery.compact import Compact, Format, compact
-from deploy_sparse.ticket import ModelRef
+from deploy_sparse.ticket import ModelRef, Ticket
+from deploy_sparse.train.batchnorm import reestimate_
 
 sys.path.append(str(Path(__file__).parent))  # found also where this file is loaded by its path
 from surgery_subject import enliven_, on_one_line, peak_gib
@@ -92,10 +93,21 @@ def make(network: str, form: str, report: Report) -> Made:
         ticket = oneshot_ticket(model, inputs, "channels", SPARSITY)
     else:
         ticket = oneshot_ticket(model, inputs, "blocks", SPARSITY, rule=RULE)
+    ticket = with_statistics(ticket, first_weights(network), images)
     report(stage="surgery")
     ticket = replace(ticket, model=ModelRef("user factory", {}))
     made = compact(ticket, lambda: first_weights(network), inputs, multiple=MULTIPLE, format=format)
     return _centred(Made(made.module, images, {"data": name, **_facts(made)}))
+
+
+def with_statistics(ticket: Ticket, model: nn.Module, images: torch.Tensor) -> Ticket:
+    """The ticket with the BatchNorm statistics that ``model`` has under its masks, as training would leave them.
+
+    With those of the dense network numbers would shrink from layer to layer, until rounding is all that is left.
+    """
+    model.load_state_dict({**model.state_dict(), **ticket.masked_weights()})
+    reestimate_(model, torch.split(images, 32))
+    return replace(ticket, weights={**ticket.weights, **dict(model.named_buffers())})
 
 
 def _facts(made: Compact) -> dict[str, Any]:

@@ -21,6 +21,9 @@ What to turn:
   ``channels.coupling``: ``internal`` takes the channels between the layers of a block, as released; ``prune_skip``
   also those of the residual streams, whose channels go in all layers that write them together, scored by the mean of
   these layers.
+* ``channels.budget = "latency"`` removes channels until the network takes ``channels.latency`` (``"0.5x"`` of the dense
+  one's time, or ``"3.2ms"``) on the first of ``deploy.targets`` at the first of ``deploy.batches``: at every step those
+  stay that are worth the most within the time that the schedule leaves.
 * ``channels.criterion``: ``umm`` (mean magnitude of all weights of a channel, zeros included),
   ``surviving_magnitude``, ``connections``, ``kernels``. ``channels.floor`` is β: a layer keeps that share of its even
   part.
@@ -43,6 +46,7 @@ from typing import Any
 
 from deploy_sparse.train.run import Run
 from deploy_sparse.workflow import dst
+from deploy_sparse.workflow.budgeted import delivered
 from deploy_sparse.workflow.dst_config import ChaseConfig, check_dst
 from deploy_sparse.workflow.finish import deploy
 from deploy_sparse.workflow.prepare import prepare
@@ -65,7 +69,8 @@ def main(config: RecipeConfig, run: Run) -> Mapping[str, Any]:
     dense, start = dst.baseline(work, config)
     ticket = dst.sparse_ticket(work, config, method, start)
     said = dst.explained(work, config, ticket, pools)
-    return deploy(work, dense, ticket, "Chase", [], plots=said.plots, explain=said.explain)
+    result = deploy(work, dense, ticket, "Chase", [], plots=said.plots, explain=said.explain)
+    return delivered(work, config.channels, result, config.channels.budget == "latency")
 
 
 if __name__ == "__main__":

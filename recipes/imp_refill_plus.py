@@ -25,11 +25,19 @@ from typing import Any
 from pydantic import Field
 
 from deploy_sparse.train.run import Run
+from deploy_sparse.workflow.budgeted import delivered
 from deploy_sparse.workflow.config import ImpConfig, StudyConfig, check_imp, check_study
 from deploy_sparse.workflow.finish import choose, deploy, rounds_table
 from deploy_sparse.workflow.prepare import prepare
-from deploy_sparse.workflow.refilled import NOTE, RefillConfig, channels_table, refilled
-from deploy_sparse.workflow.rounds import mask_rounds, structural_ticket, train_dense
+from deploy_sparse.workflow.refilled import (
+    NOTE,
+    RefillConfig,
+    channels_table,
+    check_refill,
+    refilled,
+    require_reachable,
+)
+from deploy_sparse.workflow.rounds import mask_rounds, masks_of, structural_ticket, train_dense
 
 
 class RefillPlusConfig(RefillConfig):
@@ -49,6 +57,7 @@ def check(config: RecipeConfig) -> None:
     """Refuse what cannot work before a run folder exists."""
     check_study(config)
     check_imp(config, config.imp, config.refill.rounds, "refill.rounds")
+    check_refill(config, config.imp, config.refill)
 
 
 def main(config: RecipeConfig, run: Run) -> Mapping[str, Any]:
@@ -58,6 +67,7 @@ def main(config: RecipeConfig, run: Run) -> Mapping[str, Any]:
     wanted = rule.rounds or (config.imp.rounds,)
     structure = partial(refilled, work, rule)
 
+    require_reachable(work, rule, masks_of(work, config.imp))
     dense = train_dense(work, config.imp)
     rounds, tickets, tables = {}, {}, {}
     for found in mask_rounds(work, dense, config.imp, wanted, structure):  # Algorithm 1
@@ -70,7 +80,7 @@ def main(config: RecipeConfig, run: Run) -> Mapping[str, Any]:
     chosen = choose(dense, tickets, rule.tolerance)
     summary = rounds_table("refill+", dense, rounds, tickets, chosen, NOTE)
     result = deploy(work, dense.best, tickets[chosen], "IMP + refill+", [summary, tables[chosen]])
-    return {**result, "refill_round": chosen}
+    return {**delivered(work, rule, result, rule.budget == "latency"), "refill_round": chosen}
 
 
 if __name__ == "__main__":

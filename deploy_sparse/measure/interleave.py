@@ -26,16 +26,20 @@ class Samples:
     """Every timed call of one subject.
 
     ``blocks_ms[i][j]`` is the wall time in ms of call *j* in block *i*; ``cpu_ms`` is the mean process CPU time of a
-    call in ms.
+    call in ms. ``device_blocks_ms`` are calls by the device's own clock, others than those on the host's; none where
+    it has none.
     """
 
     blocks_ms: tuple[tuple[float, ...], ...]
     cpu_ms: float
+    device_blocks_ms: tuple[tuple[float, ...], ...] = ()
 
 
 def interleave(
     subjects: Mapping[str, Callable[[], object]],
     *,
+    device: Mapping[str, Callable[[], float]] | None = None,
+    before_each: Callable[[], object] | None = None,
     warmup_ms: float = WARMUP_MS,
     duration_s: float = DURATION_S,
     min_iterations: int = MIN_ITERATIONS,
@@ -49,8 +53,13 @@ def interleave(
 
     Args:
         subjects: name to a call without arguments that returns when its work is done.
+        device: for some of them, a call that does the same work once and returns its ms on the device's own clock.
+            Each block on the host's clock is then followed by one of these, as long, in the same turn: reading the
+            device's clock takes time that calls on the host's clock are spared.
+        before_each: called before each timed call, outside of its interval, to leave the caches cold.
         warmup_ms: each subject runs untimed for this long, and at least once.
-        duration_s: each subject is timed for at least this long, counting only the calls …
+        duration_s: each subject is timed for at least this long, counting only the calls (with ``before_each`` that
+            too, which may take a thousand times as long) …
         min_iterations: … and at least this often.
         block_ms: a block ends with the first call that reaches this length.
         poll: called before each block; what it raises ends the measurement.
@@ -60,38 +69,60 @@ def interleave(
         ConfigError: no subject, or a duration or count out of range.
     """
     _check(subjects, warmup_ms, duration_s, min_iterations, block_ms)
-    poll = poll or _no_poll
-    for call in subjects.values():
+    poll, device = poll or _no_poll, device or {}
+    for name, call in subjects.items():
         poll()
         _block(call, warmup_ms, clock)
+        if name in device:
+            device[name]()
     order = list(subjects)
     blocks: dict[str, list[list[Timing]]] = {name: [] for name in order}
+    on_device: dict[str, list[tuple[float, ...]]] = {name: [] for name in order}
     timed_ms, calls = dict.fromkeys(order, 0.0), dict.fromkeys(order, 0)
     gc.collect()
     while any(timed_ms[name] < duration_s * 1e3 or calls[name] < min_iterations for name in order):
         for name in order:
             poll()
+            start = clock.wall_ns()
             with _gc_resting():
-                block = _block(subjects[name], block_ms, clock)
+                block = _block(subjects[name], block_ms, clock, before_each)
+            whole_ms = (clock.wall_ns() - start) / 1e6
             blocks[name].append(block)
-            timed_ms[name] += sum(timing.wall_ms for timing in block)
+            timed_ms[name] += whole_ms if before_each else sum(timing.wall_ms for timing in block)
             calls[name] += len(block)
+            if name in device:
+                with _gc_resting():
+                    on_device[name].append(_device_block(device[name], block_ms, clock))
         order.reverse()
-    return {name: _samples(blocks[name]) for name in subjects}
+    return {name: _samples(blocks[name], on_device[name]) for name in subjects}
 
 
-def _block(call: Callable[[], object], length_ms: float, clock: Clock) -> list[Timing]:
+def _block(
+    call: Callable[[], object], length_ms: float, clock: Clock, before_each: Callable[[], object] | None = None
+) -> list[Timing]:
     timings = []
     end = clock.wall_ns() + length_ms * 1e6
     while True:
+        if before_each is not None:
+            before_each()
         timings.append(time_call(call, clock))
         if clock.wall_ns() >= end:
             return timings
 
 
-def _samples(blocks: list[list[Timing]]) -> Samples:
+def _device_block(call: Callable[[], float], length_ms: float, clock: Clock) -> tuple[float, ...]:
+    times = []
+    end = clock.wall_ns() + length_ms * 1e6
+    while True:
+        times.append(call())
+        if clock.wall_ns() >= end:
+            return tuple(times)
+
+
+def _samples(blocks: list[list[Timing]], on_device: list[tuple[float, ...]]) -> Samples:
     cpu = [timing.cpu_ms for block in blocks for timing in block]
-    return Samples(tuple(tuple(timing.wall_ms for timing in block) for block in blocks), sum(cpu) / len(cpu))
+    walls = tuple(tuple(timing.wall_ms for timing in block) for block in blocks)
+    return Samples(walls, sum(cpu) / len(cpu), tuple(on_device))
 
 
 @contextlib.contextmanager

@@ -14,11 +14,27 @@ from typing import Any
 from ..artifact import environment
 from ..config import Config
 from ..errors import ConfigError
+from .calls import TimedCall, check_cache, check_transfers, checked_graphs, open_subject, timed_call
+from .clocks import Watch
+from .cold import Evictor
 from .compare import Comparison, compare_all
 from .contents import Report, final_table, untimed_table
+from .gpu_state import GpuMonitor, gpu_monitor
 from .interleave import BLOCK_MS, DURATION_S, MIN_ITERATIONS, WARMUP_MS, Samples, interleave
-from .record import NOT_TIMED, Conditions, LatencyRecord, append_records
-from .subjects import Subject, check_known, checked_batches, checked_engines, checked_feeds, target_of
+from .pinning import allowed_cpus, check_threads, cpu_list, pinned
+from .record import NOT_TIMED, Conditions, Fraction, LatencyRecord, append_records
+from .record_conditions import Cache, Transfers
+from .subjects import (
+    EngineLike,
+    Subject,
+    check_known,
+    checked_batches,
+    checked_engines,
+    checked_feeds,
+    is_plain,
+    on_gpu,
+    target_of,
+)
 from .table import plain
 from .timing import HOST_CLOCK, Clock, summarise
 
@@ -26,10 +42,16 @@ from .timing import HOST_CLOCK, Clock, summarise
 class Facts(Config):
     """What the caller knows of a subject and its manifest does not say.
 
-    ``accuracy`` is a fraction, ``ticket`` the digest of the ticket the subject came from.
+    ``network`` and ``form`` say which network it is (told of one subject it holds for all) and how it was made of it;
+    ``sparsity`` and ``accuracy`` are fractions; ``precision`` is what a callable computes in, where an engine's
+    manifest knows; ``ticket`` is the digest of the ticket the subject came from.
     """
 
-    accuracy: float | None = None
+    network: str | None = None
+    form: str | None = None
+    precision: str | None = None
+    sparsity: Fraction | None = None
+    accuracy: Fraction | None = None
     parameters: int | None = None
     macs: int | None = None
     peak_memory_bytes: int | None = None
@@ -63,13 +85,18 @@ def profile(
     warmup_ms: float = WARMUP_MS,
     min_iterations: int = MIN_ITERATIONS,
     block_ms: float = BLOCK_MS,
+    cache: Cache = "warm",
+    transfers: Transfers = "excluded",
+    cuda_graph: bool = False,
+    cpus: Sequence[int] | None = None,
     facts: Mapping[str, Facts] | None = None,
     poll: Callable[[], None] | None = None,
     clock: Clock = HOST_CLOCK,
 ) -> Profile:
     """Time all subjects side by side on the same inputs, at each batch size.
 
-    An engine that cannot run here gets one record, at the first batch size, with the reason and no times.
+    An engine that cannot run here gets one record, at the first batch size, with the reason and no times. A prepared
+    call that has a device's own clock is timed on both clocks.
 
     Args:
         subjects: name to engine, to a runner of :func:`deploy_sparse.load_engine` (which stays open), or to a callable
@@ -80,18 +107,33 @@ def profile(
         warmup_ms: untimed ms per subject and batch before that.
         min_iterations: timed calls per subject and batch, at least.
         block_ms: length of one block in ms before the next subject has its turn.
+        cache: ``"cold"`` evicts the processors' caches before each call, outside of what is timed; ``duration_s``
+            counts that too. Not for GPUs.
+        transfers: ``"included"`` times ``run``, from NumPy arrays to NumPy arrays, instead of calls on inputs that are
+            in place.
+        cuda_graph: open the engines so that calls replay CUDA graphs.
+        cpus: processors to run on, for all threads of this process; afterwards they are as they were.
         facts: by subject name, what the manifest does not say, for example the accuracy.
         poll: called between blocks; what it raises ends the run.
         clock: replaced in tests.
 
     Raises:
-        ConfigError: no subject or one of another type, an unknown baseline, a bad batch or duration, several targets.
+        ConfigError: no subject or one of another type, an unknown baseline, a bad batch or duration, several targets,
+            precisions or networks, or a way of timing that the subjects or the machine do not have.
         EngineError: outputs that are not finite or differ in shape from the baseline's; the engine's own complaint
             about a batch outside its range passes through.
     """
     engines = checked_engines(subjects, baseline)
     batches = checked_batches(batches)
     _check_facts(facts, tuple(engines))
+    what = {name: _what(engine.manifest, (facts or {}).get(name, Facts())) for name, engine in engines.items()}
+    _check_one(what, "precision", "what a lower one gains is not the ticket's doing")
+    network = _check_one(what, "network", "another network is not the same one made smaller")
+    what = {name: {**fields, "network": network} for name, fields in what.items()}
+    check_transfers(engines, transfers)
+    check_cache(engines, cache)
+    graphs = checked_graphs(engines, cuda_graph, transfers)
+    check_threads(cpus, target_of(engines[baseline].manifest).get("threads"))
     unable = {name: reason for name, engine in engines.items() if (reason := engine.runnable()) is not None}
     able = [name for name in engines if name not in unable]
     floors: dict[str, Any] = {
@@ -108,35 +150,86 @@ def profile(
     )
     records = []
     with ExitStack() as stack:
-        runners = {name: stack.enter_context(engines[name].open()) for name in able}
+        stack.enter_context(pinned(cpus))
+        allowed = allowed_cpus()
+        evictor = stack.enter_context(Evictor(allowed or ())) if cache == "cold" and able else None
+        watch = Watch(_monitor(stack, [engines[name] for name in able]))
+        runners = {name: stack.enter_context(open_subject(engines[name], cuda_graph)) for name in able}
         reference = baseline if baseline in runners else next(iter(runners), baseline)
         feeds = {batch: checked_feeds(runners, reference, batch) for batch in batches} if runners else {}
         for batch in batches:
             # Prepared per batch: a runner may reuse its buffers for the next size.
-            calls = {name: runner.prepare(feeds[batch]) for name, runner in runners.items()}
-            mhz = _processor_mhz()
-            samples = interleave(calls, poll=poll, clock=clock, **floors) if calls else {}
-            clocks = (mhz, after) if mhz and (after := _processor_mhz()) else None
+            calls = {name: timed_call(runner, feeds[batch], transfers) for name, runner in runners.items()}
+            samples = _timed(calls, evictor, watch, poll, clock, floors) if calls else {}
+            seen = watch.stop() if calls else {}
             for name, engine in engines.items():
                 if name in unable and batch != batches[0]:
                     continue  # one record says why it has no times; a second would say nothing more
-                others = tuple(other for other in samples if other != name) if name in samples else ()
+                conditions: dict[str, Any] = {"threads": target_of(engine.manifest).get("threads"), **floors}
+                if name in samples:
+                    conditions |= {
+                        **seen,
+                        "interleaved_with": tuple(other for other in samples if other != name),
+                        "transfers": None if is_plain(engine) else transfers,
+                        "cuda_graph": graphs[name],
+                        "cache": cache,
+                        "evicted_bytes": None if evictor is None else evictor.bytes,
+                        "cpus": None if allowed is None else cpu_list(allowed),
+                    }
                 records.append(
                     make(
                         date=datetime.now(UTC).replace(microsecond=0),
                         subject=name,
                         batch=batch,
-                        conditions=Conditions(
-                            threads=target_of(engine.manifest).get("threads"),
-                            interleaved_with=others,
-                            processor_mhz=clocks if name in samples else None,
-                            **floors,
-                        ),
-                        **_what(engine.manifest, (facts or {}).get(name, Facts())),
+                        conditions=Conditions(**conditions),
+                        **what[name],
                         **(_times(samples[name]) if name in samples else _no_times(unable[name])),
                     )
                 )
     return Profile(tuple(records), compare_all(records))
+
+
+def _monitor(stack: ExitStack, engines: Sequence[EngineLike]) -> GpuMonitor | None:
+    """What looks at the GPU, where subjects run on one and something can."""
+    monitor = gpu_monitor() if any(on_gpu(engine.manifest) for engine in engines) else None
+    return None if monitor is None else stack.enter_context(monitor)
+
+
+def _timed(
+    calls: Mapping[str, TimedCall],
+    evictor: Evictor | None,
+    watch: Watch,
+    poll: Callable[[], None] | None,
+    clock: Clock,
+    floors: Mapping[str, Any],
+) -> dict[str, Samples]:
+    def look() -> None:
+        if poll is not None:
+            poll()
+        watch.look()
+
+    watch.start()
+    return interleave(
+        {name: timed.call for name, timed in calls.items()},
+        device={name: timed.device_ms for name, timed in calls.items() if timed.device_ms is not None},
+        before_each=evictor,
+        poll=look,
+        clock=clock,
+        **floors,
+    )
+
+
+def _check_one(what: Mapping[str, Mapping[str, Any]], field: str, why: str) -> str | None:
+    """The one value of a field among those that are known; none where none is."""
+    known = {name: fields[field] for name, fields in what.items() if fields[field]}
+    if len(set(known.values())) > 1:
+        listed = ", ".join(f"{name} {value}" for name, value in known.items())
+        raise ConfigError(
+            f"the subjects are of different {field}s: {listed}",
+            expected=f"one {field} in one profile: {why}",
+            fix=f"measure the subjects of each {field} in a run of their own",
+        )
+    return next(iter(known.values()), None)
 
 
 def _check_facts(facts: Any, known: tuple[str, ...]) -> None:
@@ -158,7 +251,15 @@ def _check_facts(facts: Any, known: tuple[str, ...]) -> None:
 
 def _times(samples: Samples) -> dict[str, Any]:
     stats = summarise([sample for block in samples.blocks_ms for sample in block])
-    return {"status": "timed", "stats": stats, "cpu_ms": samples.cpu_ms, "samples_ms": samples.blocks_ms}
+    device = samples.device_blocks_ms
+    return {
+        "status": "timed",
+        "stats": stats,
+        "device_stats": summarise([sample for block in device for sample in block]) if device else None,
+        "cpu_ms": samples.cpu_ms,
+        "samples_ms": samples.blocks_ms,
+        "device_samples_ms": device,
+    }
 
 
 def _no_times(reason: str) -> dict[str, Any]:
@@ -178,6 +279,10 @@ def _what(manifest: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     return {
         "target": target["name"],
         "runtime": target["runtime"],
+        "network": facts.network,
+        "form": facts.form,
+        "precision": _precision(manifest) or facts.precision,
+        "sparsity": facts.sparsity,
         "accuracy": facts.accuracy,
         "parameters": manifest.get("parameters") if facts.parameters is None else facts.parameters,
         "macs": manifest.get("macs") if facts.macs is None else facts.macs,
@@ -188,11 +293,9 @@ def _what(manifest: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     }
 
 
-def _processor_mhz() -> float | None:
-    """The fastest core's clock in MHz right now, where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
+def _precision(manifest: Mapping[str, Any]) -> str | None:
+    """What an engine computes in, as it was read back when it was built."""
+    found = manifest.get("precision")
+    if not isinstance(found, Mapping) or not found.get("built"):
         return None
-    clocks = [float(line.split(":", 1)[1]) for line in lines if line.startswith("cpu MHz")]
-    return max(clocks, default=0.0) or None
+    return "tf32" if found["built"] == "fp32" and found.get("tf32") else str(found["built"])

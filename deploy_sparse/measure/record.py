@@ -14,49 +14,58 @@ import os
 import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AwareDatetime, Field, ValidationError, model_validator
 
 from .. import artifact
 from ..config import Config
 from ..errors import ArtifactError
+from .record_conditions import SINCE_VERSION_2 as _NEW_CONDITIONS
+from .record_conditions import Conditions as Conditions
 from .timing import Stats, summarise
 
-SCHEMA_VERSION: Final = 1
-NOT_TIMED = "compiled, not timed here"
-_FILE_OF_RECORDS = f"a file of latency records (.jsonl), one of schema version {SCHEMA_VERSION} in every line"
+SCHEMA_VERSION: Final = 2
+READABLE: Final = (1, 2)
+GPU_RUNTIMES = ("tensorrt", "tensorrt-rtx", "torch-tensorrt")
+NOT_TIMED: Final = "compiled, not timed here"
+NOT_BUILT: Final = "not built"
+_FILE_OF_RECORDS = "a file of latency records (.jsonl), one of schema version 1 or 2 in every line"
+_NEW_FIELDS = frozenset({"network", "form", "precision", "sparsity", "device_stats", "device_samples_ms"})
+_AS_VERSION_1: dict[str, Any] = {  # what to leave out
+    **dict.fromkeys(_NEW_FIELDS, True),
+    "stats": {"p95"},
+    "conditions": set(_NEW_CONDITIONS),
+}
 
 Milliseconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
-
-
-class Conditions(Config):
-    """How a subject was timed. Times in ms and s as named; ``processor_mhz`` is before and after, where known."""
-
-    threads: int | None = None
-    warmup_ms: float
-    duration_s: float
-    min_iterations: int
-    block_ms: float
-    interleaved_with: tuple[str, ...] = ()
-    processor_mhz: tuple[float, float] | None = None
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Blocks = tuple[Annotated[tuple[Milliseconds, ...], Field(min_length=1)], ...]
 
 
 class LatencyRecord(Config):
     """One subject × target × batch of one run.
 
-    ``samples_ms[i][j]`` is call *j* of block *i*; blocks of equal *i* in one run are pairs. ``cpu_ms`` is the mean
-    process CPU time of a call. ``accuracy`` is a fraction. ``hashes`` names what the subject was made from:
-    ``engine``, ``onnx``, ``ticket``, ``target``, where known.
+    Attributes:
+        network, form: which network the subject is, and how it was made of it, such as ``"resnet50"`` and
+            ``"channels"``.
+        precision: what it computes in, as read back from the engine: ``"fp32"``, ``"tf32"`` where products of fp32 may
+            be rounded to that, ``"fp16"``, ``"bf16"``, ``"int8"``, ``"fp8"``.
+        sparsity, accuracy: fractions.
+        samples_ms: ``[i][j]`` is call *j* of block *i* on the host's clock; blocks of equal *i* in one run are pairs.
+        stats: of the samples. In a record of schema version 1, which does not state it, ``p95`` is filled in.
+        device_samples_ms, device_stats: other calls in the same turns, on the clock of the device alone.
+        cpu_ms: the mean process CPU time of a call.
+        hashes: what the subject was made from: ``engine``, ``onnx``, ``ticket``, ``target``, where known.
 
     Raises:
-        ArtifactError: samples, statistics and status that contradict each other.
+        ArtifactError: samples, statistics, status and schema version that contradict each other.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     run_id: Annotated[str, Field(min_length=1)]
     date: AwareDatetime
     subject: Annotated[str, Field(min_length=1)]
@@ -64,11 +73,16 @@ class LatencyRecord(Config):
     target: Annotated[str, Field(min_length=1)]
     runtime: str
     batch: Annotated[int, Field(ge=1)]
-    status: Literal["timed", "compiled, not timed here"]
+    network: str | None = None
+    form: str | None = None
+    precision: str | None = None
+    sparsity: Fraction | None = None
+    status: Literal["timed", "compiled, not timed here", "not built"]
     reason: str | None = None
     stats: Stats | None = None
+    device_stats: Stats | None = None
     cpu_ms: Annotated[float, Field(ge=0)] | None = None
-    accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
+    accuracy: Fraction | None = None
     parameters: Count | None = None
     macs: Count | None = None
     engine_bytes: Count | None = None
@@ -77,19 +91,33 @@ class LatencyRecord(Config):
     hashes: dict[str, str] = Field(default_factory=dict)
     environment: dict[str, str] = Field(default_factory=dict)
     conditions: Conditions
-    samples_ms: tuple[Annotated[tuple[Milliseconds, ...], Field(min_length=1)], ...] = ()
+    samples_ms: Blocks = ()
+    device_samples_ms: Blocks = ()
 
     @property
     def timed(self) -> bool:
         """Whether this record holds times."""
         return self.status == "timed"
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU did the work, as far as the record tells."""
+        how = self.conditions
+        known = how.gpu is not None or how.cuda_graph is not None or self.device_stats is not None
+        return known or self.runtime in GPU_RUNTIMES
+
     @model_validator(mode="after")
     def _no_made_up_times(self) -> LatencyRecord:
         if self.date.utcoffset():
             raise self._contradiction(f"is dated {self.date.isoformat()}", "a date in UTC")
+        new = sorted(self.model_fields_set & _NEW_FIELDS | self.conditions.model_fields_set & _NEW_CONDITIONS)
+        if self.schema_version == 1 and new:
+            raise self._contradiction(f"is of schema version 1 but states {', '.join(new)}", "schema version 2")
+        if self.schema_version == 1 and self.status == NOT_BUILT:
+            raise self._contradiction(f"is of schema version 1 but {NOT_BUILT!r}", "schema version 2")
         if not self.timed:
-            if self.samples_ms or self.stats is not None or self.cpu_ms is not None:
+            times = (self.stats, self.device_stats, self.cpu_ms)
+            if self.samples_ms or self.device_samples_ms or any(value is not None for value in times):
                 raise self._contradiction(f"is {self.status!r} but holds times", "no samples and no statistics")
             if not self.reason:
                 raise self._contradiction(f"is {self.status!r} without a reason", "the reason, in words")
@@ -99,13 +127,27 @@ class LatencyRecord(Config):
                 "is 'timed' without samples and statistics, or with a reason not to be",
                 "raw samples, their statistics and no reason",
             )
-        actual = summarise([sample for block in self.samples_ms for sample in block])
-        if not all(  # the last bits of a mean may differ between machines
-            math.isclose(stated, found, rel_tol=1e-6, abs_tol=1e-9)
-            for stated, found in zip(asdict(self.stats).values(), asdict(actual).values(), strict=True)
-        ):
-            raise self._contradiction("has statistics that are not those of its samples", "stats=summarise(samples)")
+        stats = self.stats
+        if self.schema_version == 1 and math.isnan(stats.p95):
+            stats = replace(stats, p95=_summary(self.samples_ms).p95)
+            object.__setattr__(self, "stats", stats)  # frozen; nobody has seen it yet
+        self._check_stats(stats, self.samples_ms)
+        if self.device_stats is not None or self.device_samples_ms:
+            if self.device_stats is None or len(self.device_samples_ms) != len(self.samples_ms):
+                raise self._contradiction(
+                    "has times of the device without their statistics, or in other blocks than those of the host",
+                    "statistics, and as many blocks on both clocks",
+                )
+            self._check_stats(self.device_stats, self.device_samples_ms)
         return self
+
+    def _check_stats(self, stated: Stats, samples_ms: Blocks) -> None:
+        found = asdict(_summary(samples_ms))
+        for name, value in asdict(stated).items():  # the last bits of a mean may differ between machines
+            if not math.isclose(value, found[name], rel_tol=1e-6, abs_tol=1e-9):
+                raise self._contradiction(
+                    "has statistics that are not those of its samples", "stats=summarise(samples)"
+                )
 
     def _contradiction(self, what: str, expected: str) -> ArtifactError:
         return ArtifactError(
@@ -115,8 +157,12 @@ class LatencyRecord(Config):
         )
 
     def to_json_line(self) -> str:
-        """This record as one line of JSON, without the line end; samples come last."""
-        return self.model_dump_json()
+        """This record as one line of JSON in its own schema version, without the line end; samples come last."""
+        return self.model_dump_json(exclude=_AS_VERSION_1 if self.schema_version == 1 else None)
+
+
+def _summary(samples_ms: Blocks) -> Stats:
+    return summarise([sample for block in samples_ms for sample in block])
 
 
 def append_records(path: Path, records: Sequence[LatencyRecord]) -> None:
@@ -250,14 +296,14 @@ def _no_record(path: Path, number: int, why: str) -> ArtifactError:
         )
     return ArtifactError(
         f"{path}, line {number}: {why}",
-        expected=f"one latency record of schema version {SCHEMA_VERSION} as JSON",
+        expected="one latency record of schema version 1 or 2 as JSON",
         fix=f"restore {path.name} from a copy, or measure again into another file",
     )
 
 
 def _record(line: bytes) -> LatencyRecord:
     version = content.get("schema_version") if isinstance(content := json.loads(line), dict) else None
-    if version != SCHEMA_VERSION:
+    if version not in READABLE:
         raise ValueError(f"schema version {version}")
     return LatencyRecord.model_validate_json(line, strict=True)
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from ..errors import ConfigError, EngineError, nearest
+from .record import GPU_RUNTIMES
 
 Feeds = Mapping[str, np.ndarray]
 
@@ -23,7 +24,10 @@ _EXPECTED = "an engine, an opened engine, or a callable without arguments"
 
 
 class RunnerLike(Protocol):
-    """An opened engine. Arrays are [batch, …] by name; ``prepare`` gives a call that returns when its work is done."""
+    """An opened engine. Arrays are [batch, …] by name; ``prepare`` gives a call that returns when its work is done.
+
+    A prepared call may have a method ``gpu_ms()``: one run in ms on the GPU's own clock.
+    """
 
     @property
     def manifest(self) -> Mapping[str, Any]: ...
@@ -137,6 +141,22 @@ def target_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
     target = manifest.get("target", {"name": "this process", "runtime": "python"})
     found = dict(target) if isinstance(target, Mapping) else {"name": str(target)}
     return {"name": "unnamed", "runtime": "unknown", **found}
+
+
+def on_gpu(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest's target is an NVIDIA GPU."""
+    target = target_of(manifest)
+    return target.get("device") == "cuda" or str(target["runtime"]) in GPU_RUNTIMES
+
+
+def is_open(engine: EngineLike) -> bool:
+    """Whether a subject was opened by somebody else, who knows how."""
+    return isinstance(engine, _Opened)
+
+
+def is_plain(engine: EngineLike) -> bool:
+    """Whether a subject is a callable, of which nothing more is known."""
+    return isinstance(engine, _Opened) and isinstance(engine.runner, _PlainCall)
 
 
 def checked_feeds(runners: Mapping[str, RunnerLike], reference: str, batch: int) -> Feeds:

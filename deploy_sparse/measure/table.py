@@ -25,7 +25,8 @@ class Table:
     """A titled table; every row has one cell for each column.
 
     Cells are text, numbers (shown with at most four significant digits) or None (unknown). A column is set flush
-    right when its cells are numbers or look like them.
+    right when its cells are numbers or look like them. In a report those that are ``first`` stand unfolded right after
+    the verdict.
 
     Raises:
         ConfigError: a row of another length than ``columns``.
@@ -35,6 +36,7 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
+    first: bool = False
 
     def __post_init__(self) -> None:
         for number, row in enumerate(self.rows, start=1):

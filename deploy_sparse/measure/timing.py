@@ -6,9 +6,10 @@ worked or waited.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +37,10 @@ class Timing(NamedTuple):
 
 @dataclass(frozen=True)
 class Stats:
-    """Summary of timed calls. Times in ms; ``cv`` is the population standard deviation over the mean."""
+    """Summary of timed calls. Times in ms; ``cv`` is the population standard deviation over the mean.
+
+    ``p95`` is not a number only while a record that did not state it is being read.
+    """
 
     count: int
     mean: float
@@ -45,6 +49,7 @@ class Stats:
     min: float
     p50: float
     p90: float
+    p95: float = field(default=math.nan, kw_only=True)
     p99: float
     max: float
 
@@ -88,6 +93,7 @@ def summarise(samples_ms: Sequence[float]) -> Stats:
         min=ordered[0],
         p50=percentile(ordered, 50),
         p90=percentile(ordered, 90),
+        p95=percentile(ordered, 95),
         p99=percentile(ordered, 99),
         max=ordered[-1],
     )

@@ -9,19 +9,22 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from ..errors import ConfigError
 from ..structure import ChannelGroup, Masks
+from .allocation import Allocation, LatencyBudget, allocate, problem_of, silent_masks
 from .channel_scores import weight_l1
+from .coupling import channel_pools
 from .distribution import exact
 from .patterns import Pool, Width, channels, row_pools, silent_pools, whole
 from .silence import silence
+from .worth import mean_scores
 
 Coupling = Literal["layer", "group"]
-Budget = Literal["paper", "code"]
+Budget = Literal["paper", "code", "latency"]
 
 
 def refill(
@@ -35,9 +38,10 @@ def refill(
     multiple: int = 1,
     extra: float = 0.0,
     budget: Budget = "paper",
+    latency: LatencyBudget | None = None,
     silent: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Channel-wise masks at the density of the given ones.
+    """Channel-wise masks at the density of the given ones, or within a latency.
 
     A layer of c_out channels with n weights each and N survivors has a budget of q = N / n channels and keeps
     max(1, ⌈q⌉) of them: those with the largest scores, ties by index.
@@ -58,7 +62,10 @@ def refill(
         extra: refill+: the share of the dropped channels that is taken back, so that the budget is
             q + extra · (c_out - q).
         budget: ``"paper"`` rounds the budget up, ``"code"`` keeps one more than it rounded down, as the public code
-            does; they differ where the budget is a whole number.
+            does; they differ where the budget is a whole number. ``"latency"``: the masks' densities do not matter;
+            channels are kept so that what is kept is worth the most within ``latency`` (:mod:`allocation`), chosen
+            together in every group.
+        latency: for ``budget="latency"``: limit, times and the multiple of channels.
         silent: True: with a channel's row go its bias and the scale and shift of its norm, and, once every layer
             writing the channel dropped it, the columns that read it. So the channel is zero everywhere and can be cut
             out without changing the function. Channels that something else in the network needs (pinned groups) stay
@@ -72,16 +79,49 @@ def refill(
     Raises:
         TicketError: a mask that belongs to no layer of any group, or scores that do not fit.
         ConfigError: ``multiple`` below 1, ``extra`` or a share outside [0, 1], a missing share, or an unknown
-            coupling or budget.
+            coupling or budget; a latency without its budget or the other way round, one that cannot be met, or what
+            does not go with it.
     """
     _refuse_unknown("coupling", coupling, ("layer", "group"))
-    _refuse_unknown("budget", budget, ("paper", "code"))
+    _refuse_unknown("budget", budget, get_args(Budget))
+    if (budget == "latency") != (latency is not None):
+        raise ConfigError(
+            f"budget {budget!r} with{'out' * (latency is None)} a latency",
+            expected="latency=LatencyBudget(…) with budget 'latency', and with no other",
+            fix="give both or none",
+        )
+    if latency is not None:
+        _refuse_with_latency(coupling, multiple, extra, silent, shares)
+        return refill_within(masks, weights, groups, latency, scores=scores)[0]
     if scores is None:
         scores = {name: weight_l1(weights[name], mask) for name, mask in masks.items()}
     own = _densities(masks) if shares is None else _given(shares, masks)
     pools = _pools(masks, groups, together=coupling == "group", silent=silent)
     rows = channels(scores, masks, own, pools, width=_width(extra, budget, multiple))
     return silence(rows, weights, groups) if silent else rows
+
+
+def refill_within(
+    masks: Masks,
+    weights: Mapping[str, torch.Tensor],
+    groups: Sequence[ChannelGroup],
+    latency: LatencyBudget,
+    *,
+    scores: Mapping[str, torch.Tensor] | None = None,
+) -> tuple[dict[str, torch.Tensor], Allocation]:
+    """:func:`refill` with ``budget="latency"``, and what was allocated; masks of Trues make it one-shot pruning.
+
+    Raises:
+        TicketError: a mask that belongs to no layer of any group, or scores that do not fit.
+        ConfigError: nothing may go, or the least time is above the budget.
+    """
+    silent_pools(masks, groups, together=True)  # refuses masks of another network
+    if scores is None:
+        scores = {name: weight_l1(weights[name], mask) for name, mask in masks.items()}
+    pools = channel_pools(masks, groups, "prune_skip")
+    problem = problem_of(pools, groups, mean_scores(pools, scores), latency)
+    found = allocate(problem)
+    return silent_masks(problem, found, masks, weights, groups), found
 
 
 @dataclass(frozen=True)
@@ -161,3 +201,16 @@ def _width(extra: float, budget: Budget, multiple: int) -> Width:
 def _refuse_unknown(what: str, given: str, known: tuple[str, ...]) -> None:
     if given not in known:
         raise ConfigError(f"{what} {given!r}", expected=f"one of {', '.join(known)}", fix="choose one of them")
+
+
+def _refuse_with_latency(coupling: str, multiple: int, extra: float, silent: bool, shares: object) -> None:
+    others = (
+        (f"coupling {coupling!r}", coupling != "group", "coupling 'group': a latency is that of whole groups"),
+        (f"multiple {multiple}", multiple != 1, "the multiple in latency=LatencyBudget(multiple=…)"),
+        (f"extra {extra}", extra != 0, "extra 0: a latency says how many channels stay"),
+        ("silent=False", not silent, "silent=True: channels that are not silent cannot be cut, and save no time"),
+        ("shares", shares is not None, "no shares: a latency says how many channels stay"),
+    )
+    for given, wrong, expected in others:
+        if wrong:
+            raise ConfigError(f"{given} with budget 'latency'", expected=expected, fix="change one of the two")

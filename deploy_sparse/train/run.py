@@ -223,10 +223,12 @@ def _previous(
     if found.get("recipe") != recipe:
         changed.insert(0, f"recipe: {found.get('recipe')} -> {recipe}")
     if changed:
+        keys = before.keys() != now.keys()
+        version = " (if you made none: with the version of deploy_sparse that it was started with)" * keys
         raise RunError(
             f"{folder} holds a run of another configuration: {'; '.join(changed)}",
             expected="the configuration it was started with",
-            fix="drop these changes to continue it, or start a new run with --out DIR",
+            fix=f"drop these changes to continue it{version}, or start a new run with --out DIR",
         )
     elsewhere = differences(
         {**found.get("environment", {}), "processes": found.get("processes", 1)},

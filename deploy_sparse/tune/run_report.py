@@ -30,7 +30,7 @@ class ReportText:
 
 def write_report(folder: Path, records: Sequence[LatencyRecord], text: ReportText) -> Report:
     """Write ``report.json``, ``report.md`` and ``report.html`` into ``folder`` and return the report."""
-    tables = [{"title": t.title, "columns": t.columns, "rows": t.rows, "note": t.note} for t in text.tables]
+    tables = list(map(_stored, text.tables))
     body: dict[str, Any] = {"kind": "report", "title": text.title, "provenance": text.provenance, "tables": tables}
     body["conditions"] = text.conditions
     if text.plots:
@@ -57,7 +57,8 @@ def load_report(folder: Path) -> Report:
         )
     try:
         tables = tuple(
-            Table(t["title"], tuple(t["columns"]), tuple(map(tuple, t["rows"])), t["note"]) for t in stored["tables"]
+            Table(t["title"], tuple(t["columns"]), tuple(map(tuple, t["rows"])), t["note"], t.get("first", False))
+            for t in stored["tables"]
         )
         conditions = tuple((label, value) for label, value in stored["conditions"])
         plots = tuple(map(_plot, stored.get("plots", ())))  # reports of earlier versions have none
@@ -83,12 +84,27 @@ def _report(records: Sequence[LatencyRecord], text: ReportText) -> Report:
     )
 
 
+def _stored(table: Table) -> dict[str, Any]:
+    plain = {"title": table.title, "columns": table.columns, "rows": table.rows, "note": table.note}
+    return {**plain, "first": True} if table.first else plain
+
+
 def _plot(stored: Mapping[str, Any]) -> LinePlot:
-    series = tuple(Series(s["label"], tuple((x, y) for x, y in s["points"])) for s in stored["series"])
-    return LinePlot(stored["title"], stored["x_label"], stored["y_label"], series, stored["note"])
+    """A plot as it was stored; earlier versions knew no intervals and no predictions."""
+    plain = {key: value for key, value in stored.items() if key != "series"}
+    return LinePlot(series=tuple(map(_series, stored["series"])), **plain)
 
 
-def write_report_files(folder: Path, report: Report) -> None:
-    """Write ``report.md`` and ``report.html`` into ``folder``."""
-    artifact.write_bytes(folder / "report.md", render_markdown(report).encode())
-    artifact.write_bytes(folder / "report.html", render_html(report).encode())
+def _series(stored: Mapping[str, Any]) -> Series:
+    return Series(
+        stored["label"],
+        tuple((x, y) for x, y in stored["points"]),
+        tuple(bounds and (bounds[0], bounds[1]) for bounds in stored.get("intervals", ())),
+        tuple(stored.get("predicted", ())),
+    )
+
+
+def write_report_files(folder: Path, report: Report, name: str = "report") -> None:
+    """Write ``report.md`` and ``report.html`` into ``folder``, or files of another name."""
+    artifact.write_bytes(folder / f"{name}.md", render_markdown(report).encode())
+    artifact.write_bytes(folder / f"{name}.html", render_html(report).encode())

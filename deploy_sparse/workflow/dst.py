@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..data import batch_count
 from ..measure.line_plot import LinePlot, Series
 from ..measure.table import Table
+from ..sparsify.allocation import Allocation, LatencyBudget, allocate, problem_of, silent_masks
 from ..sparsify.chase import Chase
+from ..sparsify.chase_latency import LatencyChase
 from ..sparsify.coupling import ChannelPool, channel_pools, remove_, removed_channels
 from ..sparsify.dst import DynamicMasks, initial_masks
 from ..sparsify.flops import flops
@@ -23,6 +26,7 @@ from ..surgery.plan import SurgeryPlan
 from ..ticket import Ticket
 from ..train.distributed import world
 from ..train.tickets import RewindPoint
+from .budgeted import landed, table_budget
 from .dst_config import ChaseConfig, DstConfig, channel_schedule, exploration_of
 from .prepare import Work
 
@@ -70,18 +74,27 @@ def dynamic_masks(work: Work, config: DstConfig) -> DynamicMasks:
 
 def chase(work: Work, config: ChaseConfig, pools: Sequence[ChannelPool]) -> Chase:
     """The method that also removes channels of these pools."""
-    epoch = steps_of_epoch(work)
-    return Chase(
-        first_masks(work, config),
-        exploration_of(config, epoch),
-        pools,
-        channel_schedule(config, epoch),
-        criterion=config.channels.criterion,
-        floor=config.channels.floor,
-        distribution=config.sparse.distribution,
-        seed=config.seed,
-        macs=macs_of(work),
-    )
+    epoch, given = steps_of_epoch(work), config.channels
+    masks, moves, when = first_masks(work, config), exploration_of(config, epoch), channel_schedule(config, epoch)
+    how: dict[str, Any] = {
+        "criterion": given.criterion,
+        "floor": given.floor,
+        "distribution": config.sparse.distribution,
+        "seed": config.seed,
+        "macs": macs_of(work),
+    }
+    if given.budget == "share":
+        return Chase(masks, moves, pools, when, **how)
+    weights, alike = work.trainer.factory().state_dict(), [torch.ones(pool.size).double() for pool in pools]
+
+    def cut(budget: LatencyBudget) -> tuple[Mapping[str, torch.Tensor], Allocation]:
+        """Which channels go is decided while the network trains; how many of each layer is about this."""
+        problem = problem_of(pools, work.groups, alike, budget)
+        found = allocate(problem)
+        return silent_masks(problem, found, prunable(work, config), weights, work.groups), found
+
+    budget = landed(work, given, "channels", table_budget(work, given, 1), weights, cut)
+    return LatencyChase(masks, moves, pools, when, work.groups, budget, **how)
 
 
 def baseline(work: Work, config: DstConfig) -> tuple[Ticket, RewindPoint]:
@@ -181,9 +194,9 @@ def schedule_table(work: Work, config: DstConfig, ticket: Ticket) -> Table:
         rows.append((f"from step {first}", f"an update drops and grows {share}"))
     if isinstance(config, ChaseConfig) and config.channels.sparsity > 0:
         events = channel_schedule(config, epoch).events()
-        rows.append(
-            ("channels go", f"at {len(events)} steps from {events[0]} to {events[-1]}, by {config.channels.criterion}")
-        )
+        aim = f", until the table gives {config.channels.latency}" * (config.channels.budget == "latency")
+        steps = f"at {len(events)} steps from {events[0]} to {events[-1]}"
+        rows.append(("channels go", f"{steps}, by {config.channels.criterion}{aim}"))
     best, accuracy = int(metrics["best_epoch"]) + 1, metrics["validation_accuracy"]
     rows.append(("network kept", f"of epoch {best}, with {accuracy:.2%} on validation"))
     if config.sparse.reestimate:

@@ -23,6 +23,7 @@ from ..sparsify.imp import dense_masks, head_of
 from ..sparsify.umm import ChannelScore
 from ..structure import ChannelGroup
 from ..surgery.graph import channel_groups
+from .budgeted import LatencyKeys, check_latency, refuse_with_latency
 from .config import StudyConfig, check_study
 
 
@@ -71,9 +72,12 @@ class ChaseExplore(ExploreConfig):
     preset: Preset = Field("chase", description="published settings to start from")
 
 
-class ChannelsConfig(Config):
+class ChannelsConfig(LatencyKeys):
     """Chase: which channels go, and when."""
 
+    budget: Literal["share", "latency"] = Field(
+        "share", description="how many go; share: channels.sparsity of them; latency: all that channels.latency asks"
+    )
     sparsity: float = Field(0.5, ge=0, lt=1, description="S_c: share of the prunable channels that go; 0: none")
     coupling: Coupling = Field(
         "internal", description="internal: channels inside blocks, as published; prune_skip: residual streams too"
@@ -133,6 +137,12 @@ def check_dst(config: DstConfig) -> None:
             expected="a network with statistics to re-estimate",
             fix="leave --sparse.reestimate out",
         )
+    if isinstance(config, ChaseConfig):
+        within = config.channels.budget == "latency"
+        check_latency(config.deploy, config.channels, "channels", within)
+        if within:
+            none = config.channels.sparsity == 0, "any other: the schedule, not the share, is what counts here"
+            refuse_with_latency("channels", {"channels.sparsity = 0": none})
     if isinstance(config, ChaseConfig) and config.channels.sparsity > 0:
         _check_channels(config, network, images.image_shape, epoch)
 
@@ -161,7 +171,8 @@ def _check_channels(config: ChaseConfig, network: nn.Module, image_shape: tuple[
             + ("choose --channels.coupling prune_skip, " if channels.coupling == "internal" else "")
             + "or choose --channels.sparsity 0",
         )
-    floors([pool.size for pool in pools], channels.sparsity, channels.floor)
+    if channels.budget == "share":
+        floors([pool.size for pool in pools], channels.sparsity, channels.floor)
 
 
 def exploration_of(config: DstConfig, epoch: int) -> Exploration:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from ..config import Config
 from ..measure.table import Table
 from ..sparsify.channel_scores import Criterion
-from ..sparsify.refill import Budget, Coupling, refill, refill_report
+from ..sparsify.refill import Budget, Coupling, refill, refill_report, refill_within
 from ..structure import Masks
+from .budgeted import LatencyKeys, check_latency, landed, refuse_with_latency, table_budget
+from .config import ImpConfig, StudyConfig
 from .prepare import Work
 from .rounds import Round
 
 
-class RefillConfig(Config):
+class RefillConfig(LatencyKeys):
     """From an unstructured mask to whole channels."""
 
     rounds: tuple[int, ...] = Field((), description="rounds to refill; empty for the last one")
@@ -22,7 +23,9 @@ class RefillConfig(Config):
     extra: float = Field(0.0, ge=0, le=1, description="refill+: share of the dropped channels to take back")
     coupling: Coupling = Field("layer", description="layer: the paper's rule; group: one choice per residual stream")
     multiple: int = Field(1, ge=1, description="round kept channels up to this multiple; 1 is the paper's rule")
-    budget: Budget = Field("paper", description="paper: ⌈q⌉ channels; code: ⌊q⌋ + 1")
+    budget: Budget = Field(
+        "paper", description="paper: ⌈q⌉ channels; code: ⌊q⌋ + 1; latency: those worth the most within refill.latency"
+    )
     silent: bool = Field(True, description="false: leave BatchNorm and the readers of dropped channels live")
     score_batches: int = Field(4, ge=1, description="training batches for the criteria that need data")
     tolerance: float = Field(
@@ -30,13 +33,62 @@ class RefillConfig(Config):
     )
 
 
+def check_refill(config: StudyConfig, imp: ImpConfig, rule: RefillConfig) -> None:
+    """Refuse a latency budget that cannot work, or what does not go with it.
+
+    Raises:
+        ConfigError: naming the key and what it accepts.
+        MissingDependencyError, BuildError: nothing can be built for the target here.
+    """
+    check_latency(config.deploy, rule, "refill", rule.budget == "latency")
+    if rule.budget == "latency":
+        refuse_with_latency(
+            "refill",
+            {
+                f"refill.coupling = {rule.coupling!r}": (
+                    rule.coupling != "group",
+                    '"group": a latency is that of whole groups of channels',
+                ),
+                f"refill.extra = {rule.extra}": (rule.extra != 0, "0: the latency says how many channels stay"),
+                "refill.silent = false": (not rule.silent, "true: channels that are not silent cannot be cut"),
+                "imp.group_aware = true": (imp.group_aware, "false: every round would have the last one's latency"),
+            },
+        )
+
+
+def require_reachable(work: Work, rule: RefillConfig, masks: Masks) -> None:
+    """Refuse a latency that no refill has, before hours of training; the table is measured now where none is given.
+
+    Args:
+        masks: of the weights that will be pruned; which of them survive does not matter for the time.
+
+    Raises:
+        ConfigError: the table is of another network, target or batch, or the least time is above the budget.
+    """
+    if rule.budget == "latency":
+        weights = work.trainer.factory().state_dict()
+        refill_within(masks, weights, work.groups, table_budget(work, rule, rule.multiple))
+
+
 def refilled(work: Work, rule: RefillConfig, found: Round) -> dict[str, torch.Tensor]:
     """The round's masks as whole channels, scored with the round's own trained weights (Algorithm 2)."""
+    scores = work.channel_scores(rule.criterion, found.masks, found.trained, rule.score_batches)
+    if rule.budget == "latency":
+        weights = found.trained.weights
+        budget = landed(
+            work,
+            rule,
+            f"round-{found.number}",
+            table_budget(work, rule, rule.multiple),
+            weights,
+            lambda limit: refill_within(found.masks, weights, work.groups, limit, scores=scores),
+        )
+        return refill_within(found.masks, weights, work.groups, budget, scores=scores)[0]
     return refill(
         found.masks,
         found.trained.weights,
         work.groups,
-        scores=work.channel_scores(rule.criterion, found.masks, found.trained, rule.score_batches),
+        scores=scores,
         coupling=rule.coupling,
         multiple=rule.multiple,
         extra=rule.extra,

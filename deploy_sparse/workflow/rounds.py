@@ -42,8 +42,12 @@ class Round:
 
 def train_dense(work: Work, imp: ImpConfig) -> DenseStage:
     """Train the dense network and remember the rewind point."""
-    masks = dense_masks(work.trainer.factory(), exclude=imp.exclude, linear=imp.linear)
-    return work.trainer.dense(Method(), masks, rewind_epoch=rewind_epoch(work.config.fit, imp))
+    return work.trainer.dense(Method(), masks_of(work, imp), rewind_epoch=rewind_epoch(work.config.fit, imp))
+
+
+def masks_of(work: Work, imp: ImpConfig) -> dict[str, torch.Tensor]:
+    """All-True masks of every weight that is pruned."""
+    return dense_masks(work.trainer.factory(), exclude=imp.exclude, linear=imp.linear)
 
 
 def mask_rounds(

@@ -2,12 +2,15 @@
 
 import json
 
-import pytest
+import torch
 
 from deploy_sparse import Ticket
 from deploy_sparse.cli.main import main
 from deploy_sparse.sparsify.imp import dense_masks
+from deploy_sparse.sparsify.refill import refill
 from deploy_sparse.structure import Blocks, Channels, Dense, structure_of
+from deploy_sparse.surgery.graph import channel_groups
+from deploy_sparse.surgery.plan import SurgeryPlan
 from deploy_sparse.zoo import build
 
 TINY = [
@@ -23,7 +26,7 @@ def run(capsys, folder, recipe, *more):
 
 
 def prunable(ticket):
-    names = dense_masks(build("resnet_digits", widths=(16, 32, 32)))
+    names = dense_masks(build(ticket.model.name, **ticket.model.arguments))
     return {name: mask for name, mask in ticket.masks.items() if name in names}
 
 
@@ -35,29 +38,38 @@ def test_dense_trains_and_deploys_the_network_alone(tmp_path, capsys):
 
 
 def test_refill_plus_keeps_more_whole_channels_than_refill(tmp_path, capsys):
+    rule = ["--refill.rounds", "[2]", "--refill.multiple", "1", "--refill.coupling", "layer", "--refill.extra", "0.5"]
+    run(capsys, tmp_path / "run", "imp_refill_plus", *ROUNDS, *rule)
+    ticket, trained = Ticket.load(tmp_path / "run/ticket"), Ticket.load(tmp_path / "run/rounds/2")
+    groups = channel_groups(build(ticket.model.name, **ticket.model.arguments), (torch.zeros(2, 1, 8, 8),))
+    plain = refill(trained.masks, trained.weights, groups, coupling="layer", multiple=1)
     kept = {}
-    for share in ("0.0", "0.5"):
-        rule = ["--refill.rounds", "[2]", "--refill.multiple", "1", "--refill.coupling", "layer"]
-        run(capsys, tmp_path / share, "imp_refill_plus", *ROUNDS, *rule, "--refill.extra", share)
-        masks = prunable(Ticket.load(tmp_path / share / "ticket"))
+    for rule, masks in (("refill", {name: plain[name] for name in prunable(ticket)}), ("refill+", prunable(ticket))):
         assert all(isinstance(structure_of(mask), Channels | Dense) for mask in masks.values())
-        kept[share] = {name: int(mask.flatten(1).any(dim=1).sum()) for name, mask in masks.items()}
-    assert all(more >= kept["0.0"][name] for name, more in kept["0.5"].items())
-    assert sum(kept["0.5"].values()) > 1.1 * sum(kept["0.0"].values())
+        kept[rule] = {name: int(mask.flatten(1).any(dim=1).sum()) for name, mask in masks.items()}
+    assert all(more >= kept["refill"][name] for name, more in kept["refill+"].items())
+    assert sum(kept["refill+"].values()) > 1.1 * sum(kept["refill"].values())
 
 
-@pytest.mark.parametrize(
-    "rule",
-    [
-        ["--regroup.rounds", "[1, 2]"],
-        ["--imp.group_aware", "true", "--regroup.rounds", "[2]", "--regroup.blocks", "equal"],
-    ],
-)
-def test_regroup_leaves_blocks_and_says_how_full_they_are(tmp_path, capsys, rule):
-    result = run(capsys, tmp_path / "run", "imp_regroup", *ROUNDS, *rule)
-    structures = {n: structure_of(m) for n, m in prunable(Ticket.load(tmp_path / "run/ticket")).items()}
+def check_blocks(folder, result):
+    """The prunable weights are in blocks, channels or dense, some in blocks, and the report says how full they are."""
+    structures = {name: structure_of(mask) for name, mask in prunable(Ticket.load(folder / "ticket")).items()}
     assert all(isinstance(found, Blocks | Channels | Dense) for found in structures.values())
     assert any(isinstance(found, Blocks) for found in structures.values())
-    report = (tmp_path / "run/report.md").read_text()
+    report = (folder / "report.md").read_text()
     assert f"## Blocks of round {result['regroup_round']}" in report
     assert all(f"| {name} |" in report for name in structures)
+
+
+def test_regroup_leaves_blocks_and_says_how_full_they_are(small_regroup_run):
+    folder, result = small_regroup_run
+    assert result["regroup_round"] in (1, 2)
+    assert SurgeryPlan.load(folder / "compact").format == "auto"
+    check_blocks(folder, result)
+
+
+def test_group_aware_regroup_leaves_equal_blocks_which_are_deployed_packed(tmp_path, capsys):
+    rule = ["--imp.group_aware", "true", "--regroup.rounds", "[2]", "--regroup.blocks", "equal"]
+    result = run(capsys, tmp_path / "run", "imp_regroup", *ROUNDS, *rule, "--deploy.format", "packed")
+    assert SurgeryPlan.load(tmp_path / "run/compact").format == "packed"
+    check_blocks(tmp_path / "run", result)

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from recipe_runs import SMALL, command, finish, stop_when
+from recipe_runs import SMALL, command, finish, finish_afresh, stop_when
 
 from deploy_sparse import Ticket, api, load_compact, load_engine
 from deploy_sparse.artifact import sha256_file
@@ -180,8 +180,8 @@ PHASES = [
 
 
 def same_outcome(folder, whole, tmp_path):
-    """The ticket is the undisturbed run's, and everything promised is complete."""
-    result = finish(folder, "--resume")
+    """The ticket is the undisturbed run's, and everything promised is complete; both by a process that starts afresh."""
+    result = finish_afresh(folder, "--resume")
     assert result["ticket"] == whole[1]["ticket"]
     assert [row[:2] for row in result["timed"]["rows"]] == [["dense", "cpu"], ["ticket", "cpu"]]
     assert {(r.subject, r.status) for r in read_records(folder / "records.jsonl")} == {

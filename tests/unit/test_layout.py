@@ -46,6 +46,20 @@ ALLOWED = {
         "config",
         "errors",
     },
+    "suites": {
+        "api",
+        "zoo",
+        "sparsify",
+        "surgery",
+        "engine",
+        "tune",
+        "measure",
+        "ticket",
+        "structure",
+        "artifact",
+        "config",
+        "errors",
+    },
     "dynamic": {"sparsify", "surgery", "structure", "ticket", "errors"},
     "api": {
         "zoo",
@@ -69,6 +83,7 @@ OWNERS = {
     "tensorrt_rtx": "engine/trt/library.py",
     "triton": "engine/blocks/triton_kernel.py",
     "sklearn": "data/",
+    "pynvml": "measure/gpu_state.py",
 }
 
 

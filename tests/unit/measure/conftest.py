@@ -1,6 +1,5 @@
 """A clock that only moves when a fake call works, and records made from it."""
 
-import gc
 from datetime import UTC, datetime
 
 import numpy as np
@@ -8,6 +7,8 @@ import pytest
 
 from deploy_sparse.measure.record import Conditions, LatencyRecord
 from deploy_sparse.measure.timing import Clock, summarise
+
+SHARE = {"aligned": 1.0, "unaligned": 0.7}  # of the speed-up that the MACs predict
 
 
 class FakeMachine:
@@ -75,10 +76,37 @@ def _make_record():
     return make_record
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _older_objects_are_not_collected():
-    """Timing collects garbage first, which takes long in a process that other tests have filled."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+@pytest.fixture
+def suite(make_record):
+    """A function that makes the records of networks x batches x (dense, forms x sparsities), one run a network."""
+
+    def make(
+        networks=("resnet18", "vgg16"),
+        batches=(1, 8),
+        forms=("aligned", "unaligned"),
+        sparsities=(0.5, 0.75),
+        share=SHARE,
+        **changes,
+    ):
+        records = []
+        for number, network in enumerate(networks):
+            subjects = {"dense": (None, 0.0), **{f"{form}-{s:g}": (form, s) for form in forms for s in sparsities}}
+            for batch in batches:
+                for place, (name, (form, sparsity)) in enumerate(subjects.items()):
+                    others = tuple(other for other in subjects if other != name)
+                    conditions = make_record().conditions.model_copy(update={"interleaved_with": others})
+                    values = {
+                        "ms": (number + 1.0) * batch * ((1 - sparsity) / share.get(form, 1.0)),
+                        "seed": 7 * place + batch,
+                        "macs": round(1e9 * (1 - sparsity)),
+                        "conditions": conditions,
+                        "accuracy": 0.9 - 0.1 * sparsity,
+                        "run_id": f"run-{number}",
+                        **changes,
+                    }
+                    records.append(
+                        make_record(name, batch=batch, network=network, form=form, sparsity=sparsity, **values)
+                    )
+        return tuple(records)
+
+    return make

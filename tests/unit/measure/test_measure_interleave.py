@@ -70,6 +70,33 @@ def test_garbage_collector_rests_in_blocks_and_wakes_even_after_an_error(machine
     assert gc.isenabled()
 
 
+def test_device_clock_has_blocks_of_its_own_in_the_same_turn(machine):
+    host = {"a": machine.work("a", 5), "b": machine.work("b", 5)}
+    on_device = machine.work("a on the device", 6)  # launching and reading the clock: 6 ms of wall time for 4
+
+    def gpu_ms():
+        on_device()
+        return 4.0
+
+    samples = run(machine, host, device={"a": gpu_ms}, warmup_ms=0)
+    assert machine.log[:3] == ["a", "a on the device", "b"]  # all are warmed up
+    assert machine.log[3:9] == ["a", "a", "a on the device", "a on the device", "b", "b"]
+    assert machine.log[9:13] == ["b", "b", "a", "a"]
+    assert samples["a"].device_blocks_ms == ((4.0, 4.0),) * 4
+    assert samples["a"].blocks_ms == ((5.0, 5.0),) * 4  # what reading the device's clock costs is not in them
+    assert samples["b"].device_blocks_ms == ()
+
+
+def test_what_goes_before_each_call_is_not_timed_but_counts_towards_the_duration(machine):
+    samples = run(
+        machine, {"a": machine.work("a", 1)}, before_each=machine.work("evict", 9), warmup_ms=2, duration_s=0.1
+    )
+    assert machine.log[:2] == ["a", "a"]  # the warm-up is of code, and evicts nothing
+    assert machine.log[2:] == ["evict", "a"] * 10
+    assert samples["a"].blocks_ms == ((1.0,),) * 10  # a block lasts 10 ms, all in all
+    assert samples["a"].cpu_ms == 1.0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from deploy_sparse.errors import ConfigError
 from deploy_sparse.measure.figures import BOTTOM, LEFT, RIGHT, TOP, WIDTH
 from deploy_sparse.measure.line_figure import COLOURS, DASHES, LONGEST_NAME, MARKERS, line_figure
-from deploy_sparse.measure.line_plot import LinePlot, Series, values_table
+from deploy_sparse.measure.line_plot import LinePlot, Series, predicted_lines, values_table
 from deploy_sparse.measure.report import Report, render_html
 
 
@@ -100,7 +100,7 @@ def test_every_style_that_lines_have_is_in_the_page(make_record):
         assert source.count(f"--l{colour}: #") == 3  # light, dark, print
     assert all(f"svg .d{dash} {{ stroke-dasharray:" in source for dash in range(1, DASHES))
     figures = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", source, flags=re.DOTALL)]
-    (drawn,) = [svg for svg in figures if svg.get("aria-label").startswith("A title")]
+    (drawn,) = [svg for svg in figures if svg.find("title").text == "A title"]
     assert drawn.get("role") == "img"
     assert [path.get("class") for path in drawn.findall("path[@class]")][:6] == [
         f"line l{number} d{number % DASHES}" for number in range(6)
@@ -196,3 +196,120 @@ def test_everything_stays_inside_whatever_the_numbers(series):
     assert all(TOP <= tick.at <= BOTTOM for tick in figure.y_ticks)
     assert figure.height > max(line.y for line in figure.lines)
     assert WIDTH > RIGHT
+
+
+SPEED_UPS = LinePlot(
+    "Speed-up over batch",
+    "batch size",
+    "times",
+    (
+        Series("a", ((1, 1.8), (8, 2.0), (32, 2.2)), ((1.7, 1.9), None, (2.1, 2.3)), (3.0, 3.0, 3.0)),
+        Series("b", ((1, 0.9), (8, None), (32, 1.5)), ((0.8, 1.0), None, (1.4, 1.6)), (4.0, 4.0, 4.0)),
+    ),
+    predicted="predicted by MACs",
+    reference=1.0,
+    doubling=True,
+)
+
+
+def test_whiskers_reach_from_low_to_high_and_stand_at_their_point():
+    figure = line_figure(SPEED_UPS)
+    first = figure.lines[0]
+    (x, y), _, (last, _) = corners(first.path)
+    stems = [tuple(map(float, found)) for found in re.findall(r"M([\d.]+) ([\d.]+)V([\d.]+)", first.whiskers)]
+    assert [stem[0] for stem in stems] == [x, last]  # none where no interval is known
+    low, high = stems[0][1:]
+    assert high < y < low
+    per_unit = (low - high) / 0.2  # from 1.7 to 1.9
+    assert (figure.reference - y) / per_unit == pytest.approx(0.8, rel=0.02)  # from 1 to 1.8
+    assert first.whiskers.count("h") == 4
+
+
+def test_batches_stand_at_equal_steps_of_doubling_and_lines_side_by_side():
+    figure = line_figure(SPEED_UPS)
+    ticks = {tick.label: tick.at for tick in figure.x_ticks}
+    assert list(ticks) == ["1", "8", "32"]
+    assert (ticks["8"] - ticks["1"]) / (ticks["32"] - ticks["8"]) == pytest.approx(3 / 2, rel=0.01)
+    assert ticks["1"] > LEFT
+    assert ticks["32"] < RIGHT
+    a, b = ([x for x, _ in corners(line.path)] for line in figure.lines)
+    assert a[0] < ticks["1"] < b[0]
+    many = line_figure(replace(SPEED_UPS, series=(Series("a", tuple((2**n, 1.0) for n in range(12))),)))
+    assert len(many.x_ticks) <= 8
+
+
+def test_predictions_are_dashed_and_end_in_their_lines_marker():
+    figure = line_figure(SPEED_UPS)
+    assert {line.dash for line in figure.lines} == {0}
+    assert [prediction.colour for prediction in figure.predictions] == [0, 1]
+    for number, prediction in enumerate(figure.predictions):
+        assert len({y for _, y in corners(prediction.path)}) == 1
+        assert prediction.marker.endswith(MARKERS[number])
+    assert figure.predicted_y > figure.lines[-1].y
+    assert figure.height > figure.predicted_y
+    values = [y for prediction in figure.predictions for _, y in corners(prediction.path)]
+    assert all(TOP <= y <= BOTTOM for y in values)
+
+
+def test_one_prediction_of_all_lines_is_drawn_once():
+    same = tuple(replace(series, predicted=(2.0, 2.5, 3.0)) for series in SPEED_UPS.series)
+    shared = replace(SPEED_UPS, series=same)
+    assert predicted_lines(shared) == ((None, ((1, 2.0), (8, 2.5), (32, 3.0))),)
+    (only,) = line_figure(shared).predictions
+    assert (only.colour, only.marker) == (None, "")
+    assert predicted_lines(replace(SPEED_UPS, series=same[:1])) == ((0, same[0].expected),)
+
+
+def test_predictions_at_places_of_their_own_stay_apart():
+    """A steep line between the points of two forms would be nobody's prediction."""
+    forms = (
+        Series("aligned", ((46, 1.7), (88, 5.6)), predicted=(1.8, 5.7)),
+        Series("any width", ((50, 1.5), (90, 5.0)), predicted=(2.0, 9.3)),
+    )
+    apart = predicted_lines(replace(SPEED_UPS, series=forms))
+    assert apart == ((0, ((46, 1.8), (88, 5.7))), (1, ((50, 2.0), (90, 9.3))))
+    inside = (forms[0], Series("some", ((88, 5.0),), predicted=(5.7,)))
+    assert predicted_lines(replace(SPEED_UPS, series=inside)) == ((None, ((46, 1.8), (88, 5.7))),)
+
+
+def test_values_stand_with_their_intervals_and_predictions():
+    table = values_table(SPEED_UPS)
+    assert table.columns == ("batch size", "a", "b", "a, predicted by MACs", "b, predicted by MACs")
+    assert table.cells == (
+        ("1", "1.800 (1.700 to 1.900)", "0.9000 (0.8000 to 1.000)", "3.000", "4.000"),
+        ("8", "2.000", "–", "3.000", "4.000"),
+        ("32", "2.200 (2.100 to 2.300)", "1.500 (1.400 to 1.600)", "3.000", "4.000"),
+    )
+    assert table.note == "Shown: times. In brackets: the 95 % interval."
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"intervals": ((0.0, 1.0),)}, "'a' has 2 points and 1 intervals"),
+        ({"predicted": (1.0, 2.0, 3.0)}, "'a' has 2 points and 3 predictions"),
+        ({"intervals": ((0.0, math.inf), None)}, "not finite"),
+        ({"predicted": (math.nan, None)}, "not finite"),
+    ],
+)
+def test_intervals_and_predictions_fit_their_points(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        Series("a", ((0, 1.0), (1, 2.0)), **changes)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.floats(0.01, 50), st.floats(0, 5), st.floats(0, 5), st.floats(0.1, 60)), min_size=1, max_size=6
+    ),
+    st.booleans(),
+)
+def test_everything_of_a_curve_stays_inside_its_figure(values, doubling):
+    points = tuple((2.0**n, y) for n, (y, *_) in enumerate(values))
+    bounds = tuple((max(y - down, 0.0), y + up) for y, down, up, _ in values)
+    series = Series("a", points, bounds, tuple(p for *_, p in values))
+    figure = line_figure(replace(SPEED_UPS, series=(series, replace(series, label="b")), doubling=doubling))
+    marks = [place for line in figure.lines for place in corners(line.path + line.whiskers)]
+    marks += [place for prediction in figure.predictions for place in corners(prediction.path)]
+    assert all(LEFT - 10 <= x <= RIGHT + 10 <= WIDTH for x, _ in marks)
+    assert all(TOP - 1 <= y <= BOTTOM + 1 for _, y in marks)

@@ -1,27 +1,33 @@
 import json
-import os
-import subprocess
-import threading
-import time
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploy_sparse.errors import ArtifactError
-from deploy_sparse.measure import record as record_module
 from deploy_sparse.measure.record import (
     Conditions,
     LatencyRecord,
     append_records,
-    check_appendable,
     read_records,
-    write_records,
 )
+from deploy_sparse.measure.record_conditions import GpuConditions, GpuState
 from deploy_sparse.measure.timing import summarise
 
 positive = st.floats(1e-6, 1e9)
+GPU = GpuConditions(
+    name="NVIDIA H200",
+    driver="580.65",
+    power_limit_w=700.0,
+    sm_max_mhz=1980,
+    before=GpuState(sm_mhz=345, power_w=76.5, temperature_c=31),
+    after=GpuState(sm_mhz=1755, memory_mhz=3201, power_w=690.0, temperature_c=66, held_by=("power cap",)),
+    sm_mhz=(1755, 1980),
+    held_by=("power cap",),
+)
+COMMITTED = sorted((Path(__file__).resolve().parents[3] / "benchmarks" / "records").rglob("records.jsonl"))
 names = st.text(min_size=1, max_size=20)
 
 
@@ -55,19 +61,31 @@ def records(draw):
             block_ms=draw(positive),
             interleaved_with=tuple(draw(st.lists(names, max_size=2))),
             processor_mhz=draw(optional(st.tuples(positive, positive))),
+            transfers=draw(optional(st.sampled_from(["excluded", "included"]))),
+            cuda_graph=draw(optional(st.booleans())),
+            cache=draw(optional(st.sampled_from(["warm", "cold"]))),
+            evicted_bytes=draw(optional(st.integers(1, 2**40))),
+            cpus=draw(optional(st.sampled_from(["0", "0-3,8"]))),
+            gpu=draw(optional(st.just(GPU))),
         ),
+        "network": draw(optional(names)),
+        "form": draw(optional(names)),
+        "precision": draw(optional(st.sampled_from(["fp32", "tf32", "int8"]))),
+        "sparsity": draw(optional(st.floats(0, 1))),
     }
     if draw(st.booleans()):
         block = st.lists(positive, min_size=1, max_size=4).map(tuple)
         blocks = tuple(draw(st.lists(block, min_size=1, max_size=4)))
         stats = summarise([sample for block in blocks for sample in block])
+        if draw(st.booleans()):
+            values |= {"device_samples_ms": blocks, "device_stats": stats}
         return LatencyRecord(
             **values, status="timed", stats=stats, samples_ms=blocks, cpu_ms=draw(optional(st.floats(0, 1e6)))
         )
     return LatencyRecord(**values, status="compiled, not timed here", reason=draw(names))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(records(), min_size=1, max_size=3))
 def test_records_survive_the_file(tmp_path_factory, written):
     path = tmp_path_factory.mktemp("records") / "a.jsonl"
@@ -77,17 +95,109 @@ def test_records_survive_the_file(tmp_path_factory, written):
     assert path.read_bytes().count(b"\n") == len(written)
 
 
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.parent.name)
+def test_committed_records_are_read_and_written_back_to_the_byte(path):
+    found = read_records(path)
+    assert "".join(f"{record.to_json_line()}\n" for record in found) == path.read_text()
+    for record in found:
+        if record.timed:
+            assert record.stats == summarise([sample for block in record.samples_ms for sample in block])
+
+
+def test_there_are_committed_records_of_version_1():
+    assert {record.schema_version for path in COMMITTED for record in read_records(path)} >= {1}
+
+
+def as_version_1(record):
+    """The line that version 1 wrote for a record."""
+    values = json.loads(record.to_json_line())
+    new = ("network", "form", "precision", "sparsity", "device_stats", "device_samples_ms")
+    values = {key: value for key, value in values.items() if key not in new} | {"schema_version": 1}
+    of_conditions = (
+        "threads",
+        "warmup_ms",
+        "duration_s",
+        "min_iterations",
+        "block_ms",
+        "interleaved_with",
+        "processor_mhz",
+    )
+    values["conditions"] = {key: values["conditions"][key] for key in of_conditions}
+    if values["stats"] is not None:
+        del values["stats"]["p95"]
+    return values
+
+
+def test_version_1_is_read_with_its_p95_filled_in_and_stays_version_1(tmp_path, make_record):
+    path = tmp_path / "a.jsonl"
+    new = make_record()
+    lines = [json.dumps(as_version_1(r), separators=(",", ":")) for r in (new, make_record(timed=False))]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    old, untimed = read_records(path)
+    assert (old.schema_version, new.schema_version) == (1, 2)
+    assert old.stats == new.stats
+    assert old.stats.p95 == sorted(sample for block in new.samples_ms for sample in block)[94]
+    assert [old.to_json_line(), untimed.to_json_line()] == lines
+    append_records(path, [new])
+    assert [record.schema_version for record in read_records(path)] == [1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (lambda c: {**c, "network": "vgg16"}, "is of schema version 1 but states network"),
+        (lambda c: {**c, "conditions": {**c["conditions"], "cache": "cold"}}, "schema version 1 but states cache"),
+        (lambda c: {**c, "stats": {**c["stats"], "p95": 2.0}}, "statistics that are not those of its samples"),
+        (lambda c: {**c, "stats": {**c["stats"], "p99": 2.0}}, "statistics that are not those of its samples"),
+        (lambda c: {**c, "schema_version": 2}, "statistics that are not those of its samples"),  # it has no p95
+    ],
+)
+def test_each_version_is_held_to_what_it_states(tmp_path, make_record, alter, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(alter(as_version_1(make_record()))) + "\n")
+    with pytest.raises(ArtifactError, match=message):
+        read_records(path)
+
+
+def test_times_of_the_device_need_their_statistics_and_the_same_blocks(make_record):
+    blocks = ((0.5,),) * 20
+    stats = summarise([0.5] * 20)
+    assert make_record(device_samples_ms=blocks, device_stats=stats).device_stats.p95 == 0.5
+    for times in (
+        {"device_samples_ms": blocks},
+        {"device_stats": stats},
+        {"device_samples_ms": blocks[1:], "device_stats": summarise([0.5] * 19)},
+    ):
+        with pytest.raises(ArtifactError, match="has times of the device without their statistics, or in other blocks"):
+            make_record(**times)
+    with pytest.raises(ArtifactError, match="statistics that are not those of its samples"):
+        make_record(device_samples_ms=blocks, device_stats=summarise([0.4] * 20))
+
+
 def test_untimed_record_cannot_hold_times(make_record):
     timed = make_record()
     for times in (
         {"samples_ms": timed.samples_ms},
         {"stats": timed.stats},
+        {"device_stats": timed.stats},
+        {"device_samples_ms": timed.samples_ms},
         {"cpu_ms": 1.0},
     ):
         with pytest.raises(ArtifactError, match="'compiled, not timed here' but holds times"):
             make_record(timed=False, **times)
     with pytest.raises(ArtifactError, match="without a reason"):
         make_record(timed=False, reason=None)
+
+
+def test_what_was_not_built_has_a_status_of_its_own_since_version_2(make_record, tmp_path):
+    record = make_record(timed=False, status="not built", reason="no channel can go")
+    append_records(tmp_path / "r.jsonl", [record])
+    assert read_records(tmp_path / "r.jsonl") == (record,)
+    assert not record.timed
+    with pytest.raises(ArtifactError, match="'not built' but holds times"):
+        make_record(timed=False, status="not built", cpu_ms=1.0)
+    with pytest.raises(ArtifactError, match="is of schema version 1 but 'not built'"):
+        make_record(timed=False, status="not built", schema_version=1)
 
 
 def test_timed_record_needs_samples_and_their_own_statistics(make_record):
@@ -101,206 +211,3 @@ def test_timed_record_needs_samples_and_their_own_statistics(make_record):
 def test_date_is_utc(make_record):
     with pytest.raises(ArtifactError, match=r"dated 2026-11-21T09:00:00\+02:00"):
         make_record(date=datetime(2026, 11, 21, 9, tzinfo=timezone(timedelta(hours=2))))
-
-
-def test_torn_last_line_is_named_and_never_built_upon(tmp_path, make_record):
-    path = tmp_path / "a.jsonl"
-    append_records(path, [make_record(), make_record()])
-    torn = path.read_bytes()[:-40]
-    path.write_bytes(torn)
-    for use in (
-        lambda: read_records(path),
-        lambda: append_records(path, [make_record()]),
-        lambda: check_appendable(path),
-    ):
-        with pytest.raises(ArtifactError, match=r"a\.jsonl, line 2: the last line is cut short") as caught:
-            use()
-    assert path.read_bytes() == torn
-    command = caught.value.fix.partition("keep the whole lines with: ")[2]
-    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
-    assert read_records(tmp_path / "whole.jsonl") == (make_record(),)
-
-
-def test_whole_last_record_without_line_end_is_never_cut(tmp_path, make_record):
-    path = tmp_path / "a b.jsonl"
-    path.write_text(make_record().to_json_line())
-    for use in (lambda: read_records(path), lambda: append_records(path, [make_record()])):
-        with pytest.raises(ArtifactError, match="line 1: the last line has no line end") as caught:
-            use()
-    subprocess.run(caught.value.fix.partition("with: ")[2], shell=True, check=True)
-    assert read_records(path) == (make_record(),)
-
-
-FOREIGN = {
-    "run.json": '{\n  "status": "finished"\n}\n',
-    "one-line.json": '{"status": "finished"}\n',
-    "no-end.txt": "notes",
-    "empty-line.txt": "\n",
-    "torn.jsonl": '{"schema_version":1,"run_id":"x',
-    "binary": "\x00\x01\n\x00",
-}
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_file_of_something_else_is_never_appended_to_nor_cut(tmp_path, make_record, name):
-    path = tmp_path / name
-    path.write_text(FOREIGN[name])
-    for use in (
-        lambda: read_records(path),
-        lambda: append_records(path, [make_record()]),
-        lambda: check_appendable(path),
-    ):
-        with pytest.raises(ArtifactError, match=r"is no file of records \(line 1: ") as caught:
-            use()
-        assert "remove" not in caught.value.fix
-        assert "head" not in caught.value.fix
-        assert path.read_text() == FOREIGN[name]
-
-
-def test_later_line_that_is_no_record_stops_an_append(tmp_path, make_record):
-    path = tmp_path / "a.jsonl"
-    path.write_text(f"{make_record().to_json_line()}\nnotes\n")
-    for use in (lambda: append_records(path, [make_record()]), lambda: check_appendable(path)):
-        with pytest.raises(ArtifactError, match=r"a\.jsonl, line 2: "):
-            use()
-    assert path.read_text().endswith("\nnotes\n")
-
-
-def test_file_without_a_record_is_refused_by_readers_only(tmp_path, make_record):
-    path = tmp_path / "a.jsonl"
-    path.touch()
-    for empty in (path, "/dev/null"):
-        with pytest.raises(ArtifactError, match=r"holds no record(.|\n)*deploy-sparse profile"):
-            read_records(empty)
-    check_appendable(path)
-    append_records(path, [make_record()])
-    assert read_records(path) == (make_record(),)
-
-
-def test_place_is_checked_beforehand_and_nothing_left_behind(tmp_path, make_record, monkeypatch):
-    new = tmp_path / "sub" / "a.jsonl"
-    check_appendable(new)
-    assert not list(tmp_path.iterdir())
-    monkeypatch.chdir(tmp_path)
-    check_appendable("a.jsonl")
-    append_records(new, [make_record()])
-    before = new.read_bytes()
-    check_appendable(new)
-    assert new.read_bytes() == before
-    (tmp_path / "file").write_text("in the way")
-    for place, text in (
-        (tmp_path, "is a folder"),
-        ("/dev/null", "is no ordinary file"),
-        (tmp_path / "file" / "a.jsonl", "cannot be written"),
-        (tmp_path / ("x" * 300), "cannot be written"),
-    ):
-        for use in (
-            lambda place=place: check_appendable(place),
-            lambda place=place: append_records(place, [make_record()]),
-        ):
-            with pytest.raises(ArtifactError, match=text):
-                use()
-
-
-def test_folder_without_write_permission_is_found_beforehand(tmp_path, monkeypatch):
-    def refuse(**_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(record_module.tempfile, "TemporaryFile", refuse)  # root may write everywhere
-    with pytest.raises(ArtifactError, match=r"a\.jsonl cannot be written \(Permission denied\)"):
-        check_appendable(tmp_path / "a.jsonl")
-
-
-def test_write_replaces_the_whole_file_or_nothing(tmp_path, make_record, monkeypatch):
-    path = tmp_path / "sub" / "a.jsonl"
-    write_records(path, [make_record(), make_record("ticket")])
-    write_records(path, [make_record("ticket")])
-    assert read_records(path) == (make_record("ticket"),)
-    with pytest.raises(ArtifactError, match="no record to write"):
-        write_records(path, [])
-
-    def full_disk(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(record_module.artifact.os, "replace", full_disk)
-    with pytest.raises(ArtifactError, match="No space left on device"):
-        write_records(path, [make_record()])
-    assert read_records(path) == (make_record("ticket"),)
-    assert [p.name for p in path.parent.iterdir()] == ["a.jsonl"]
-
-
-@pytest.mark.parametrize(
-    ("alter", "message"),
-    [
-        (lambda c: {**c, "batch": "1"}, "line 2: batch: Input should be a valid integer"),
-        (lambda c: {**c, "latency": 3}, "line 2: latency: Extra inputs are not permitted"),
-        (lambda c: {**c, "schema_version": 2}, "line 2: schema version 2"),
-        (lambda c: {**c, "status": "timed", "reason": None}, "line 2: the record of 'dense' at batch 1 is 'timed' w"),
-        (lambda c: {k: v for k, v in c.items() if k != "subject"}, "line 2: subject: Field required"),
-        (lambda c: [c], "line 2: schema version None"),
-    ],
-)
-def test_line_that_is_no_record_is_named(tmp_path, make_record, alter, message):
-    path = tmp_path / "a.jsonl"
-    append_records(path, [make_record(), make_record(timed=False)])
-    first, second = path.read_text().splitlines()
-    path.write_text(f"{first}\n{json.dumps(alter(json.loads(second)))}\n")
-    with pytest.raises(ArtifactError) as caught:
-        read_records(path)
-    assert f"a.jsonl, {message}" in str(caught.value)
-    assert "from a copy" in caught.value.fix
-    assert "remove" not in caught.value.fix
-
-
-def test_garbage_and_not_a_number_are_refused(tmp_path, make_record):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\xff\xfe\n")
-    with pytest.raises(ArtifactError, match=r"a\.jsonl is no file of records \(line 1"):
-        read_records(path)
-    path.write_text(make_record(timed=False).to_json_line().replace("3.25", "NaN") + "\n")
-    with pytest.raises(ArtifactError, match=r"line 1: build_seconds"):
-        read_records(path)
-
-
-def test_missing_file_says_how_to_get_one(tmp_path):
-    with pytest.raises(ArtifactError, match="deploy-sparse profile"):
-        read_records(tmp_path / "none.jsonl")
-
-
-def test_failed_write_leaves_the_file_as_it_was(tmp_path, make_record, monkeypatch):
-    path = tmp_path / "a.jsonl"
-    append_records(path, [make_record()])
-    before = path.read_bytes()
-
-    def full_disk(descriptor, data):
-        os.write(descriptor, data[:100])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(record_module, "_write_all", full_disk)
-    with pytest.raises(ArtifactError, match="No space left on device"):
-        append_records(path, [make_record()])
-    assert path.read_bytes() == before
-
-
-def test_writers_side_by_side_lose_nothing(tmp_path, make_record, monkeypatch):
-    path = tmp_path / "a.jsonl"
-
-    def in_two_pieces(descriptor, data):
-        os.write(descriptor, data[:300])
-        time.sleep(0.002)
-        os.write(descriptor, data[300:])
-
-    monkeypatch.setattr(record_module, "_write_all", in_two_pieces)
-
-    def write(name):
-        for batch in range(1, 6):
-            append_records(path, [make_record(name, batch=batch), make_record(name, batch=batch + 100)])
-
-    threads = [threading.Thread(target=write, args=(name,)) for name in ("a", "b", "c", "d")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    found = [(r.subject, r.batch) for r in read_records(path)]
-    assert sorted(found) == sorted((n, b + k) for n in "abcd" for b in range(1, 6) for k in (0, 100))
-    assert all(found[i][1] + 100 == found[i + 1][1] for i in range(0, len(found), 2))  # a call's records stay together

@@ -1,25 +1,24 @@
 import html
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+from report_pages import NASTY, Page
 
 from deploy_sparse.errors import ConfigError
 from deploy_sparse.measure.compare import compare_all
-from deploy_sparse.measure.contents import verdicts
+from deploy_sparse.measure.contents import main_table, untimed_table, verdicts
 from deploy_sparse.measure.figures import nice_ticks
 from deploy_sparse.measure.line_plot import LinePlot, Series
 from deploy_sparse.measure.report import Report, Table, final_table, render_html, render_markdown
 from deploy_sparse.measure.table import plain
 
 SECTIONS = [
-    *("Verdict", "Results", "Spread of the times", "IMP rounds", "Compiled, not timed here", "What got slower"),
-    *("Conditions", "Made from"),
+    *("Verdict", "Results", "Speed-up over batch", "Spread of the times", "IMP rounds", "Compiled, not timed here"),
+    *("What got slower", "What missed its MAC-predicted speed-up", "Conditions", "Made from"),
 ]
-PLOTS = ["Accuracy against latency", "Distribution of the times"]
-NASTY = "<script>alert('x')</script> | \"&_"
+PLOTS = ["Accuracy against latency", "Speed-up"]
 
 
 @pytest.fixture
@@ -50,42 +49,6 @@ def report(records):
     )
 
 
-class Page(HTMLParser):
-    """Checks that tags close in order, and collects headings, text, table cells by row and every tag's attributes."""
-
-    VOID = ("meta", "br", "link", "img", "input", "hr")
-
-    def __init__(self, source):
-        super().__init__()
-        self.open, self.headings, self.rows, self.tags, self.text = [], [], [], [], []
-        self.feed(source)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag == "tr":
-            self.rows.append([])
-        if tag == "td":
-            self.rows[-1].append("")
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] in ("h2", "h1"):
-            self.headings.append(data)
-        if "td" in self.open:
-            self.rows[-1][-1] += data
-        if "style" not in self.open:
-            self.text.append(data)
-
-
 def test_equal_reports_give_equal_bytes(report):
     again = replace(report, comparisons=compare_all(report.records))
     assert render_html(report) == render_html(again)
@@ -95,7 +58,7 @@ def test_equal_reports_give_equal_bytes(report):
 def test_sections_stand_in_order(report):
     found = re.findall(r"^## (.*)$", render_markdown(report), flags=re.MULTILINE)
     assert found == SECTIONS
-    assert Page(render_html(report)).headings == [report.title, *SECTIONS[:2], *PLOTS, *SECTIONS[2:]]
+    assert Page(render_html(report)).headings == [report.title, *SECTIONS[:2], *PLOTS, *SECTIONS[3:]]
 
 
 def test_plots_stand_after_the_extra_tables_and_without_any_nothing_changes(report):
@@ -104,15 +67,57 @@ def test_plots_stand_after_the_extra_tables_and_without_any_nothing_changes(repo
     drawn = replace(report, plots=(curves,))
     page = Page(render_html(drawn))
     place = SECTIONS.index("IMP rounds") + 1
-    assert page.headings == [report.title, *SECTIONS[:2], *PLOTS, *SECTIONS[2:place], "Curves", *SECTIONS[place:]]
+    assert page.headings == [report.title, *SECTIONS[:2], *PLOTS, *SECTIONS[3:place], "Curves", *SECTIONS[place:]]
     assert "A note." in page.text
     table = (
         "## Density\n\n| epoch | weights |\n| ---: | ---: |\n| 1 | 1.000 |\n| 2 | 0.5000 |\n\nShown: share. A note.\n\n"
     )
     assert render_markdown(drawn) == text.replace(f"## {SECTIONS[place]}", f"{table}## {SECTIONS[place]}")
     assert "Curves" not in source
-    added = re.sub(r"<section>\n<h2>Curves.*?</section>\n", "", render_html(drawn), flags=re.DOTALL)
-    assert re.sub(r":root \{ --l0.*?\.d4[^\n]*\n", "", added, flags=re.DOTALL) == source
+    assert re.sub(r"<section>\n<h2>Curves.*?</section>\n", "", render_html(drawn), flags=re.DOTALL) == source
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_tables_that_are_first_stand_right_after_the_verdict(report, make_record, many):
+    goals = Table("Goals", ("goal", "met"), (("a", "yes"),) * 30, "29 of 30.", first=True)
+    if many:  # a summary, then the chapters
+        records = tuple(
+            make_record(name, network=network, run_id=network, ms=ms)
+            for network in "ab"
+            for name, ms in (("dense", 2.0), ("ticket", 1.0))
+        )
+        report = Report("Report", records, compare_all(records), tables=report.tables)
+    drawn = replace(report, tables=(*report.tables, goals))
+    headings = Page(render_html(drawn)).headings
+    assert headings[1:3] == ["Verdict", "Goals"]
+    assert headings.count("Goals") == 1
+    assert "<summary>30 rows" not in render_html(drawn), "never folded"
+    sections = [line[3:] for line in render_markdown(drawn).splitlines() if line.startswith("## ")]
+    assert sections[:2] == ["Verdict", "Goals"]
+    assert sections.count("Goals") == 1
+
+
+def test_tables_of_a_report_without_records_are_all_shown():
+    report = Report("Report", (), (), tables=(Table("Goals", ("goal",), (("a",),), first=True),))
+    assert "## Goals" in render_markdown(report)
+    assert "Goals" in Page(render_html(report)).headings
+
+
+def test_what_was_not_built_is_told_with_its_reason(make_record):
+    records = (
+        make_record(), make_record("ticket", timed=False),
+        make_record("odd", timed=False, status="not built", reason="no channel can go", engine_bytes=None,
+                    build_seconds=None),
+    )  # fmt: skip
+    report = Report("Report", records, ())
+    table = untimed_table(report)
+    assert table.title == "Not built or not timed here"
+    assert [(row[0], row[2]) for row in table.rows] == [
+        ("ticket", "compiled, not timed here: no NVIDIA GPU"), ("odd", "not built: no channel can go")
+    ]  # fmt: skip
+    text = render_markdown(report)
+    assert "1 engine was compiled for cpu and not timed here; no latency is guessed." in text
+    assert "1 engine was not built for cpu; the reasons are in the table of what was not timed." in text
 
 
 def test_one_verdict_for_each_comparison_and_untimed_target(report):
@@ -130,20 +135,25 @@ def test_one_verdict_for_each_comparison_and_untimed_target(report):
 
 
 def test_main_table_has_every_timed_record_and_its_numbers(report):
-    rows = [row for row in Page(render_html(report)).rows if len(row) == 14]
-    assert [(row[0], row[2]) for row in rows] == [
+    columns = main_table(report).columns
+    rows = [dict(zip(columns, row, strict=True)) for row in Page(render_html(report)).rows if len(row) == len(columns)]
+    assert [(row["subject"], row["batch"]) for row in rows] == [
         (subject, batch) for batch in "18" for subject in ("dense", "ticket", "regroup")
     ]
     dense, ticket, regroup = rows[:3]
-    assert dense[3:8] == ["97.78 %", "–", "272.5k", "40M", "1066"]
-    assert dense[12] == "baseline"
-    assert ticket[4] == "-0.34"
-    assert ticket[13] == "4.00×"
-    assert regroup[3:5] == ["–", "–"]
+    assert [dense[name] for name in ("test accuracy", "change, points", "parameters", "MACs", "engine KiB")] == [
+        *("97.78 %", "–", "272.5k", "40M", "1066")
+    ]
+    assert dense["speed-up (95 % interval)"] == "baseline"
+    assert ticket["change, points"] == "-0.34"
+    assert ticket["predicted by MACs"] == "4.00×"
+    assert [regroup["test accuracy"], regroup["change, points"]] == ["–", "–"]
     stats = report.records[0].stats
-    assert [float(cell) for cell in dense[8:11]] == pytest.approx([stats.p50, stats.p90, stats.p99], rel=1e-3)
-    assert float(rows[3][11]) == pytest.approx(float(dense[11]), rel=0.01)  # eight samples in eight times the time
-    assert float(ticket[11].removesuffix("k")) == pytest.approx(1 / report.records[1].stats.mean, rel=1e-3)
+    for name in ("p50", "p90", "p95", "p99"):
+        assert float(dense[f"{name} ms"]) == pytest.approx(getattr(stats, name), rel=1e-3)
+    eight = rows[3]["samples/s"]  # eight samples in eight times the time
+    assert float(eight) == pytest.approx(float(dense["samples/s"]), rel=0.01)
+    assert float(ticket["samples/s"].removesuffix("k")) == pytest.approx(1 / report.records[1].stats.mean, rel=1e-3)
 
 
 def test_baseline_comes_first_whatever_the_order_of_the_records(make_record):
@@ -164,12 +174,14 @@ def test_what_got_slower_names_subject_and_reasons(report):
     assert "regroup on cpu at batch 1: 0.8" in text
     assert "of the MAC-predicted speed-up of 5.00×; does 0.20 of the baseline's multiply-accumulates" in text
     assert "ticket" not in text
+    assert "1 engine was compiled for rtx-sm89 and not timed here; no latency is guessed." in render_html(report)
 
 
 def test_what_got_slower_is_there_when_nothing_did(make_record):
     records = (make_record(ms=2.0), make_record("ticket", ms=1.0))
     nothing = render_markdown(Report("t", records, compare_all(records)))
-    assert "## What got slower\n\n- Nothing: no subject was measured slower than its baseline." in nothing
+    assert "## What got slower\n\n- Nothing: no subject was measured slower than its baseline.\n" in nothing
+    assert "### What cannot be told\n\n- Everything that was measured here could be told.\n" in nothing
     alike = (make_record(), make_record("ticket"))
     unclear = render_markdown(Report("t", alike, compare_all(alike))).split("## What got slower")[1]
     assert "For 1 of 1 comparisons the data cannot tell." in unclear
@@ -241,7 +253,8 @@ def test_html_is_one_file_without_scripts_or_network(report):
     source = render_html(report)
     tags = Page(source).tags
     assert not {tag for tag, _ in tags} & {"script", "link", "img", "iframe", "object", "embed"}
-    assert not [attributes for _, attributes in tags if {"src", "href"} & set(attributes)]
+    assert not [attributes for _, attributes in tags if "src" in attributes]
+    assert all(attributes["href"].startswith("#") for _, attributes in tags if "href" in attributes)
     assert not re.search(r"https?:|url\(|@import", source)
     assert "prefers-color-scheme: dark" in source
     assert "@media print" in source
@@ -249,11 +262,11 @@ def test_html_is_one_file_without_scripts_or_network(report):
 
 def test_plots_mark_the_baseline_and_stay_inside(report):
     plots = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", render_html(report), flags=re.DOTALL)]
-    assert len(plots) == 4  # accuracy and distribution, for two batch sizes
+    assert len(plots) == 5  # accuracy and distribution for two batch sizes, and speed-up over them
     for accuracy in plots[:2]:
         assert len(accuracy.findall("rect[@class='base']")) == 1
         assert len(accuracy.findall("circle[@class='dot']")) == 1  # regroup has no known accuracy
-    for strips in plots[2:]:
+    for strips in plots[3:]:
         assert len(strips.findall("path")) == 3
         marks = [float(x) for path in strips.findall("path") for x in re.findall(r"M([\d.]+) ", path.get("d"))]
         assert len(marks) == 3 * 99
@@ -267,15 +280,17 @@ def test_long_names_are_shortened_in_plots_only(make_record):
     source = render_html(Report("t", (record,), ()))
     svgs = re.findall(r"<svg.*?</svg>", source, flags=re.DOTALL)
     assert len(svgs) == 2
-    assert all(name not in svg and "a-very-long-subject-name-a-…" in svg for svg in svgs)
-    assert f">{name}</td>" in source
+    drawn = [re.sub(r"<desc.*?</desc>", "", svg) for svg in svgs]
+    assert all(name not in svg and re.search(r"a-very-long-subject-nam.*…", svg) for svg in drawn)
+    assert f">{name}</th>" in source
+    assert all(name in desc for desc in re.findall(r"<desc.*?</desc>", source))
 
 
 def test_no_accuracy_and_no_times_are_said_not_drawn(make_record):
     source = render_html(Report("t", (make_record(timed=False),), ()))
     assert "<svg" not in source
     assert "no timed subject has a known accuracy" in source
-    assert "nothing was timed here" in source
+    assert "Nothing was timed here." in source
 
 
 def test_conditions_hold_versions_threads_date_and_command(report):

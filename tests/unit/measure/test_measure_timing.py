@@ -19,7 +19,7 @@ def test_statistics_agree_with_numpy(values):
     assert stats.mean == pytest.approx(np.mean(values))
     assert stats.std == pytest.approx(np.std(values), abs=1e-12)
     assert stats.cv == pytest.approx(np.std(values) / np.mean(values), abs=1e-12)
-    assert stats.min <= stats.p50 <= stats.p90 <= stats.p99 <= stats.max
+    assert stats.min <= stats.p50 <= stats.p90 <= stats.p95 <= stats.p99 <= stats.max
 
 
 @given(samples, st.integers(1, 99))
@@ -32,11 +32,13 @@ def test_percentile_is_the_smallest_sample_that_covers_the_share(values, percent
 
 def test_percentiles_of_known_samples():
     assert summarise(range(1, 101)).p90 == 90
+    assert summarise(range(1, 101)).p95 == 95
+    assert summarise(range(1, 21)).p95 == 19
     assert summarise(range(1, 11)).p90 == 9  # 1 - 0.9 in binary would give 10
     assert summarise(range(1, 11)).p99 == 10
-    assert summarise([3.0]).p50 == summarise([3.0]).p99 == 3.0
+    assert summarise([3.0]).p50 == summarise([3.0]).p95 == summarise([3.0]).p99 == 3.0
     ordered = list(range(1000))
-    for percent in (50, 90, 99):
+    for percent in (50, 90, 95, 99):
         assert percentile(ordered, percent) == np.percentile(ordered, percent, method="inverted_cdf")
 
 

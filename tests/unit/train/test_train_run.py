@@ -246,6 +246,20 @@ def test_a_reader_that_left_does_not_stop_the_work():
     Console(Closed()).say("news")
 
 
+def test_a_run_of_a_version_with_other_keys_is_told_so(tmp_path):
+    with opened(tmp_path / "run"):
+        pass
+    newer = {"seed": 0, "fit": {"epochs": 3, "check": True}}
+    text = r"fit\.check: absent -> True\n.*\n.*if you made none: with the version of deploy_sparse that it was started with"
+    with pytest.raises(RunError, match=text), opened(tmp_path / "run", resume=True, config=newer):
+        pass
+    with (
+        pytest.raises(RunError, match=r"drop these changes to continue it, or start a new run"),
+        opened(tmp_path / "run", resume=True, config={"seed": 1, "fit": {"epochs": 3}}),
+    ):
+        pass
+
+
 def test_a_key_that_nothing_depends_on_may_change_and_its_neighbours_may_not(tmp_path):
     runtime = {"workers": 0, "precision": "fp32"}
     with opened(tmp_path / "run", config={"runtime": runtime}):

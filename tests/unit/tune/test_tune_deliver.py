@@ -1,5 +1,7 @@
 """Delivery: every step done once, what cannot be built is said, nothing gets a made-up time."""
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -41,32 +43,45 @@ def run(folder, *, targets=("cpu",), evaluate=lambda predict: 0.5, **options):
     return result, said
 
 
-def test_the_metric_is_computed_with_the_deployed_engine_in_its_batch_range(tmp_path):
-    images = torch.randn(600, 1, 6, 6)  # more than the largest batch of the target
-    seen = []
+IMAGES = torch.randn(600, 1, 6, 6, generator=torch.Generator().manual_seed(0))  # more than the target's largest batch
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """(folder, result, what each subject predicts for IMAGES) of a delivery with nothing but the networks."""
+    folder, seen = tmp_path_factory.mktemp("plain"), []
 
     def evaluate(predict):
-        seen.append(predict(images))
+        seen.append(predict(IMAGES))
         return 0.25
 
-    result, _ = run(tmp_path, evaluate=evaluate)
+    result, _ = run(folder, evaluate=evaluate)
+    return folder, result, seen
+
+
+@pytest.fixture
+def copy(plain, tmp_path):
+    """That folder, to change."""
+    return shutil.copytree(plain[0], tmp_path / "copy")
+
+
+def test_the_metric_is_computed_with_the_deployed_engine_in_its_batch_range(plain):
+    folder, result, seen = plain
     with torch.no_grad():
-        expected = network().eval()(images)
+        expected = network().eval()(IMAGES)
     torch.testing.assert_close(seen[0], expected, atol=1e-5, rtol=1e-4)
     assert seen[1].shape == (600, 3)
     assert all("25.00 %" in row for row in result["timed"]["rows"])
-    assert {record.accuracy for record in read_records(tmp_path / "records.jsonl")} == {0.25}
+    assert {record.accuracy for record in read_records(folder / "records.jsonl")} == {0.25}
 
 
-def test_a_second_delivery_measures_nothing_again_and_gives_the_same_files(tmp_path):
-    def content():
-        return {p: sha256_file(p) for p in tmp_path.rglob("*") if p.is_file()}
+def test_a_second_delivery_measures_nothing_again_and_gives_the_same_files(plain, copy):
+    def content(folder):
+        return {p.relative_to(folder): sha256_file(p) for p in folder.rglob("*") if p.is_file()}
 
-    first, _ = run(tmp_path)
-    before = content()
-    second, _ = run(tmp_path, evaluate=lambda predict: pytest.fail("evaluated again"))
-    assert second == first
-    assert content() == before
+    second, _ = run(copy, evaluate=lambda predict: pytest.fail("evaluated again"))
+    assert second == {**plain[1], "report": str(copy / "report.html")}
+    assert content(copy) == content(plain[0])
 
 
 def test_a_missing_library_is_listed_and_the_rest_is_delivered(tmp_path, monkeypatch):
@@ -95,31 +110,49 @@ def test_compiled_engines_are_listed_without_times(tmp_path):
     assert all(r.stats is None and r.accuracy is None and r.engine_bytes for r in untimed)
 
 
-def test_extra_tables_and_the_command_are_in_the_report(tmp_path):
-    run(tmp_path, tables=(Table("Rounds", ("a",), (("b",),)),), command="deploy-sparse run x")
-    report = load_report(tmp_path)
+CURVES = LinePlot("Density", "epoch", "share", (Series("weights", ((1, 1.0), (2, 0.5), (3, None))),), "A note.")
+TABLE = Table("Rounds", ("a",), (("b",),))
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """(folder, result, how often the metric was asked for) of a delivery with a table, a plot, a command, no accuracy of dense."""
+    folder, judged = tmp_path_factory.mktemp("told"), []
+
+    def evaluate(predict):
+        judged.append(predict(torch.zeros(1, 1, 6, 6)))
+        return 0.75
+
+    result, _ = run(
+        folder,
+        evaluate=evaluate,
+        tables=(TABLE,),
+        plots=[CURVES],
+        command="deploy-sparse run x",
+        dense_is_trained=False,
+    )
+    return folder, result, len(judged)
+
+
+def test_extra_tables_and_the_command_are_in_the_report(told):
+    report = load_report(told[0])
     assert [t.title for t in report.tables] == ["Rounds", "Layers before and after surgery"]
     assert ("command", "deploy-sparse run x") in report.conditions
 
 
-CURVES = LinePlot("Density", "epoch", "share", (Series("weights", ((1, 1.0), (2, 0.5), (3, None))),), "A note.")
-
-
-def test_plots_are_stored_and_rendered_again(tmp_path):
-    run(tmp_path / "run", plots=[CURVES])
-    report = load_report(tmp_path / "run")
+def test_plots_are_stored_and_rendered_again(told, tmp_path):
+    report = load_report(told[0])
     assert report.plots == (CURVES,)
-    write_report_files(tmp_path / "again", report)
+    write_report_files(tmp_path, report)
     for name in ("report.md", "report.html"):
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
-    assert "## Density" in (tmp_path / "run" / "report.md").read_text()
+        assert (tmp_path / name).read_bytes() == (told[0] / name).read_bytes()
+    assert "## Density" in (told[0] / "report.md").read_text()
 
 
-def test_a_report_without_plots_says_nothing_of_them_and_a_broken_plot_is_refused(tmp_path):
-    run(tmp_path)
-    stored = read_json(tmp_path / "report.json")
+def test_a_report_without_plots_says_nothing_of_them_and_a_broken_plot_is_refused(copy):
+    stored = read_json(copy / "report.json")
     assert "plots" not in stored  # as reports of earlier versions
-    assert load_report(tmp_path).plots == ()
+    assert load_report(copy).plots == ()
     del stored["digest"]
     bad = {
         "title": "t",
@@ -130,31 +163,25 @@ def test_a_report_without_plots_says_nothing_of_them_and_a_broken_plot_is_refuse
     }
     for plots in ([bad], [{"title": "t"}]):
         body = {**stored, "plots": plots}
-        write_json(tmp_path / "report.json", {**body, "digest": digest_of(body)})
+        write_json(copy / "report.json", {**body, "digest": digest_of(body)})
         with pytest.raises(ArtifactError, match="is no report text"):
-            load_report(tmp_path)
+            load_report(copy)
 
 
-def test_a_dense_network_that_is_not_trained_is_timed_and_not_judged(tmp_path):
-    judged = []
-
-    def evaluate(predict):
-        judged.append(predict(torch.zeros(1, 1, 6, 6)))
-        return 0.75
-
-    result, _ = run(tmp_path, evaluate=evaluate, dense_is_trained=False, command="x")
-    assert len(judged) == 1
+def test_a_dense_network_that_is_not_trained_is_timed_and_not_judged(told):
+    folder, result, judged = told
+    assert judged == 1
     columns = result["timed"]["columns"]
     shown = {row[0]: row[columns.index("test accuracy")] for row in result["timed"]["rows"]}
     assert shown == {"dense": "–", "ticket": "75.00 %"}
-    records = read_records(tmp_path / "records.jsonl")
+    records = read_records(folder / "records.jsonl")
     assert {(r.subject, r.accuracy) for r in records} == {("dense", None), ("ticket", 0.75)}
     assert all(r.stats for r in records)
-    assert load_report(tmp_path).conditions == (
+    assert load_report(folder).conditions == (
         ("dense network", "not trained: it stands here for its time only, and its accuracy is not known"),
-        ("command", "x"),
+        ("command", "deploy-sparse run x"),
     )
-    page = (tmp_path / "report.html").read_text()
+    page = (folder / "report.html").read_text()
     assert "Not shown, as their accuracy was not given: dense." in page
     assert "it stands here for its time only" in page
 

@@ -85,16 +85,24 @@ def test_pytorch_runs_what_is_delivered_to_it(tmp_path):
     assert again == result  # nothing was timed again
 
 
-def test_what_the_planner_chose_is_deployed_and_not_chosen_again(tmp_path, monkeypatch):
-    choose_format, asked = chosen("packed")
-    monkeypatch.setattr(module, "choose_format", choose_format)
-    _, said = run(tmp_path, "auto")
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """(folder, what the planner was asked, the lines said) of a delivery for which the planner took the packed network."""
+    folder, (choose_format, asked) = tmp_path_factory.mktemp("planned"), chosen("packed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "choose_format", choose_format)
+        _, said = run(folder, "auto")
+    return folder, asked, said
+
+
+def test_what_the_planner_chose_is_deployed_and_not_chosen_again(planned, monkeypatch):
+    folder, asked, said = planned
     assert len(asked) == 1
     assert "chosen for cpu at batch" in "\n".join(said)
     assert "packed: 1.50x as fast as dense" in "\n".join(said)
-    assert SurgeryPlan.load(tmp_path / "compact").shape.packed == {"2"}
+    assert SurgeryPlan.load(folder / "compact").shape.packed == {"2"}
     monkeypatch.setattr(module, "choose_format", lambda *_, **__: pytest.fail("chosen again"))
-    run(tmp_path, "auto")
+    run(folder, "auto")
 
 
 def _node_kinds(path):
@@ -193,11 +201,9 @@ def test_the_plan_says_that_it_is_dense(tmp_path):
     assert (plan.format, plan.target) == ("dense", "")
 
 
-def test_a_choice_for_something_else_is_refused(tmp_path, monkeypatch):
-    choose_format, _ = chosen("packed")
-    monkeypatch.setattr(module, "choose_format", choose_format)
-    run(tmp_path / "run", "auto")
-    assert SurgeryPlan.load(tmp_path / "run" / "compact").format == "auto"
+def test_a_choice_for_something_else_is_refused(planned, tmp_path):
+    folder = planned[0]
+    assert SurgeryPlan.load(folder / "compact").format == "auto"
     file = tmp_path / "cpu.toml"
     file.write_text('name = "cpu"\nruntime = "onnxruntime"\nthreads = 2\n')
     for change, what in (
@@ -208,7 +214,7 @@ def test_a_choice_for_something_else_is_refused(tmp_path, monkeypatch):
     ):
         expected = rf"was chosen for cpu \(\w+\) at batch 1\n.*the choice for cpu \(\w+\) {what}\n.*remove .*compact"
         with pytest.raises(ArtifactError, match=expected):
-            run(tmp_path / "run", "auto", **change)
+            run(folder, "auto", **change)
 
 
 def test_an_earlier_result_of_another_ticket_is_refused_by_the_planner_too(tmp_path):
