@@ -125,18 +125,18 @@ class _OnnxRuntime(_FromOnnx):
 
 class _TensorRT(_FromOnnx):
     def require(self, target: Target) -> None:
-        from .trt.library import builder_library
+        from .trt.bindings import builder_library
 
         builder_library(target)
 
     def maker(self, target: Target) -> Maker:
-        from .trt import library as trt_library
+        from .trt.bindings import library
 
-        version = str(trt_library.library(target.runtime).__version__)
+        version = str(library(target.runtime).__version__)
         return Maker(version, _this_gpu() if target.runtime == "tensorrt" else None)  # RTX compiles for no one GPU
 
     def _compiled(self, source: OnnxFile, data: bytes, types: frozenset[str], target: Target, watch: Watch) -> Built:
-        from .trt.library import compile_onnx
+        from .trt.bindings import compile_onnx
 
         path = source.path if source.weights else None
         compiled = compile_onnx(data, target, source.inputs, watch=watch, path=path)
@@ -174,14 +174,14 @@ class _Torch:
 
 class _TorchTensorRT:
     def require(self, target: Target) -> None:
-        from .torch_trt import library as torch_trt_library
+        from .torch_trt import bindings as torch_trt_bindings
 
-        torch_trt_library.builder_library(target)
+        torch_trt_bindings.builder_library(target)
 
     def maker(self, target: Target) -> Maker:
-        from .torch_trt import library as torch_trt_library
+        from .torch_trt import bindings as torch_trt_bindings
 
-        return Maker(torch_trt_library.version(), _this_gpu())
+        return Maker(torch_trt_bindings.version(), _this_gpu())
 
     def source(self, subject: Any, example_inputs: Any, target: Target, scratch: Path) -> tuple[Source, bytes]:
         module, inputs = module_of(subject, example_inputs)
@@ -211,9 +211,9 @@ def _with_node(problem: BuildError, graph: bytes) -> BuildError:
 
 
 def _this_gpu() -> dict[str, str] | None:
-    from .trt import library as trt_library
+    from .trt import bindings as trt_bindings
 
-    gpu = trt_library.local_gpu()
+    gpu = trt_bindings.local_gpu()
     return {"name": gpu.name, "capability": gpu.capability} if gpu else None
 
 

@@ -29,19 +29,19 @@ def obstacle(manifest: Mapping[str, Any]) -> Obstacle | None:
     if runtime == "onnxruntime":
         return None
     if runtime == "torch-tensorrt":
-        from .torch_trt import library as torch_trt_library
+        from .torch_trt import bindings as torch_trt_bindings
 
-        return torch_trt_library.obstacle(manifest)
-    from .trt import library as trt_library
+        return torch_trt_bindings.obstacle(manifest)
+    from .trt import bindings as trt_bindings
 
     if runtime != "torch":
-        return trt_library.obstacle(manifest)
+        return trt_bindings.obstacle(manifest)
     if "torch" not in sys.modules and importlib.util.find_spec("torch") is None:
         built = f"PyTorch {manifest['runtime']['version']} or newer"
         return Obstacle("PyTorch is not installed", built, "install it: pip install torch", None)
     if (found := _older_torch(manifest)) is not None:
         return found
-    if manifest["target"]["device"] == "cuda" and trt_library.local_gpu() is None:
+    if manifest["target"]["device"] == "cuda" and trt_bindings.local_gpu() is None:
         fix = "load it on a machine with one, or build for the CPU"
         return Obstacle("no NVIDIA GPU", "an NVIDIA GPU and its driver", fix, "torch-cpu")
     return None
@@ -55,13 +55,13 @@ def version_obstacle(manifest: Mapping[str, Any]) -> Obstacle | None:
     if runtime == "torch":
         return _older_torch(manifest)
     if runtime == "torch-tensorrt":
-        from .torch_trt import library as torch_trt_library
+        from .torch_trt import bindings as torch_trt_bindings
 
-        return torch_trt_library.version_obstacle(manifest)
-    from .trt import library as trt_library
+        return torch_trt_bindings.version_obstacle(manifest)
+    from .trt import bindings as trt_bindings
 
     try:
-        return trt_library.other_version(manifest)
+        return trt_bindings.other_version(manifest)
     except MissingDependencyError:
         return None
 

@@ -188,7 +188,7 @@ def _joined(tensors: tuple[TensorInfo, ...]) -> str:
 
 def _inspector_text(engine: Engine) -> str:
     """What the inspector says of an engine that runs on this machine, at the shapes that it is tuned for."""
-    from .trt.library import last_errors, library, process_logger
+    from .trt.bindings import last_errors, library, process_logger
 
     trt = library(engine.target.runtime)
     runtime = trt.Runtime(process_logger(engine.target.runtime))  # must outlive the engine

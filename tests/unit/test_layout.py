@@ -79,8 +79,8 @@ ALLOWED = {
 HEAVY = {"torch", "torchvision", "onnx", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx", "torch_tensorrt",
          "sklearn", "matplotlib", "safetensors", "jinja2", "pydantic", "rich", "numpy", "pycuda", "triton"}  # fmt: skip
 OWNERS = {
-    "tensorrt": "engine/trt/library.py",
-    "tensorrt_rtx": "engine/trt/library.py",
+    "tensorrt": "engine/trt/bindings.py",
+    "tensorrt_rtx": "engine/trt/bindings.py",
     "triton": "engine/blocks/triton_kernel.py",
     "sklearn": "data/",
     "pynvml": "measure/gpu_state.py",

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ...errors import BuildError, ConfigError
-from ..trt import library as trt_library
+from ..trt import bindings as trt_bindings
 from .kernel import triton_kernel
 from .layout import BlockLayout, BlockShape
 
@@ -64,9 +64,9 @@ def add_block_conv2d(
             expected="multiples of 8, which TensorRT's channels-last format pads to",
             fix="run this layer in its native form",
         )
-    trt, trtp = trt_library.plugin_library()
+    trt, trtp = trt_bindings.plugin_library()
     register(trt, trtp)
-    if trt_library.local_gpu() is None:
+    if trt_bindings.local_gpu() is None:
         raise BuildError(
             "the block kernel's plugin is compiled for the GPU of this machine, which has none",
             expected="an NVIDIA GPU and its driver",
@@ -144,7 +144,7 @@ def _settings(text: str) -> tuple[BlockShape, dict[str, bool]]:
 
 def _capability() -> int:
     """Compute capability of this machine's GPU, for example 90."""
-    gpu = trt_library.local_gpu()
+    gpu = trt_bindings.local_gpu()
     assert gpu is not None  # checked before the plugin enters a network
     return int(gpu.capability.removeprefix("SM"))
 

@@ -28,11 +28,11 @@ from ..parity import TOLERANCE, compare_outputs
 from ..pytorch.build import TorchProgram, torch_program
 from ..pytorch.session import _gpu_settings
 from ..target import Target
-from ..trt.library import _turn
+from ..trt.bindings import _turn
 from ..trt.messages import ran_out_of_memory, readable
 from ..trt.timings import timing_file
 from ..watch import Watch
-from . import library as torch_trt_library
+from . import bindings as torch_trt_bindings
 from .program import Partition, bounded, from_one, operators_of, plain_bytes
 from .session import TorchTrtSession
 
@@ -94,18 +94,18 @@ def compile_program(source: TorchTrtSource, target: Target, *, watch: Watch | No
         BuildError: it does not compile, TensorRT takes nothing of it, it computes something else, too little memory, or
             stopped by ``watch``.
     """
-    library = torch_trt_library.builder_library(target)
+    library = torch_trt_bindings.builder_library(target)
     watch = watch or Watch()
     with _turn(watch), watch.signals_kept():
         watch.check()
         program = read_bytes(source.data, "the program", remake="build it again")
-        ready, tuned_for = bounded(program, source.inputs, target, torch_trt_library.DEVICE)
+        ready, tuned_for = bounded(program, source.inputs, target, torch_trt_bindings.DEVICE)
         with _listening() as said, _timings(target) as timings, from_one():
             try:
                 compiled = library.dynamo.compile(
                     ready,
                     arg_inputs=_ranges(library, source, target, tuned_for),
-                    **torch_trt_library.compile_options(
+                    **torch_trt_bindings.compile_options(
                         library.dynamo.compile, target, timings, operators_of(ready.graph_module).total()
                     ),
                 )
@@ -114,7 +114,7 @@ def compile_program(source: TorchTrtSource, target: Target, *, watch: Watch | No
             except Exception as problem:  # converters raise whatever they like
                 raise _failed(problem, said, target) from problem
         watch.check()
-        data, partition = plain_bytes(compiled, source.inputs, target, tuned_for, torch_trt_library.DEVICE)
+        data, partition = plain_bytes(compiled, source.inputs, target, tuned_for, torch_trt_bindings.DEVICE)
     report = _report(partition, said, tuned_for)
     log.info(
         "%d engines with %s operators; %d in PyTorch %s",
@@ -152,8 +152,8 @@ def _parity(data: bytes, source: TorchTrtSource, target: Target) -> Parity:
     names = [spec.name for spec in source.inputs], [spec.name for spec in source.outputs]
     session = TorchTrtSession(data, target, *names, where="the compiled program", rebuild="build it again")
     try:
-        network = copy.deepcopy(source.network).to(torch_trt_library.DEVICE).float()
-        inputs = [x.detach().to(torch_trt_library.DEVICE) for x in source.example]
+        network = copy.deepcopy(source.network).to(torch_trt_bindings.DEVICE).float()
+        inputs = [x.detach().to(torch_trt_bindings.DEVICE) for x in source.example]
         inputs = [x.float() if x.is_floating_point() else x for x in inputs]
         batch = target.batch
         with eval_mode(network), _gpu_settings(False):
@@ -184,7 +184,7 @@ def _timings(target: Target) -> Iterator[str]:
     """
     gpu = local_gpu()
     own = target.model_copy(update={"runtime": "tensorrt"})
-    kept = timing_file(own, f"{torch_trt_library.version()} torch", gpu.name) if gpu else None
+    kept = timing_file(own, f"{torch_trt_bindings.version()} torch", gpu.name) if gpu else None
     with tempfile.TemporaryDirectory(prefix="deploy-sparse-") as scratch:
         path = Path(scratch) / "timings"
         if kept is not None and kept.is_file():

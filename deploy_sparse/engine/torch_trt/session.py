@@ -14,7 +14,7 @@ from ...programs.program import read_bytes
 from ..pytorch.graph import writes_inputs
 from ..pytorch.session import _GPU_LOCK, TorchSession, _forward
 from ..target import Target
-from . import library as torch_trt_library
+from . import bindings as torch_trt_bindings
 from .program import with_engines
 
 
@@ -35,13 +35,13 @@ class TorchTrtSession(TorchSession):
     ) -> None:
         program = read_bytes(data, where, remake=rebuild)
         self._target, self._inputs, self._outputs, self._rebuild = target, tuple(inputs), tuple(outputs), rebuild
-        self._on_gpu = torch_trt_library.DEVICE == "cuda"
+        self._on_gpu = torch_trt_bindings.DEVICE == "cuda"
         self._lock = _GPU_LOCK if self._on_gpu else threading.Lock()
         self._stream = torch.cuda.Stream() if self._on_gpu else None  # type: ignore[no-untyped-call]
         with self._explained("loading"), quiet():
-            program = move_to_device_pass(program, torch_trt_library.DEVICE)
+            program = move_to_device_pass(program, torch_trt_bindings.DEVICE)
             self._module = with_engines(
-                program, partial(torch_trt_library.engine_module, target=target)
+                program, partial(torch_trt_bindings.engine_module, target=target)
             ).requires_grad_(False)
             if self._on_gpu:
                 torch.cuda.synchronize()  # what follows runs on the session's own stream
@@ -51,4 +51,4 @@ class TorchTrtSession(TorchSession):
 
     def _ordered(self, x: torch.Tensor) -> torch.Tensor:
         """The tensor on the GPU; TensorRT reads contiguous ones, and chooses other orders within an engine itself."""
-        return x.to(torch_trt_library.DEVICE).contiguous()
+        return x.to(torch_trt_bindings.DEVICE).contiguous()

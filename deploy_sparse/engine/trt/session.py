@@ -17,8 +17,8 @@ from ..cuda.runtime import cuda_library
 from ..layer_times import Floors, NodeTime
 from ..pool import Pool
 from ..tensors import NOTHING, Feeds, numpy_dtype
+from .bindings import data_type_name, last_errors, library, log, process_logger, refitted
 from .context import ITEM_SIZES, Opened, Shapes
-from .library import data_type_name, last_errors, library, log, process_logger, refitted
 from .worker import Prepared, Worker
 
 

@@ -24,7 +24,7 @@ from deploy_sparse.engine.build import build_engine
 from deploy_sparse.engine.entry import Engine, open_entry
 from deploy_sparse.engine.onnx.file import read_onnx
 from deploy_sparse.engine.target import Extents, load_target
-from deploy_sparse.engine.trt import library as trt_library
+from deploy_sparse.engine.trt import bindings as trt_bindings
 from deploy_sparse.errors import ArtifactError, BuildError, ConfigError, EngineError, MissingDependencyError
 
 MEMBERS = ["README.md", "bundle.json", "model.onnx", "model.onnx.json", "sample.npz", "target.toml"]
@@ -107,7 +107,7 @@ def test_rebuilds_for_another_target_and_other_batches(sealed: Path, tmp_path: P
 
 def test_an_engine_that_does_not_run_here_is_proved_by_its_graph(sealed: Path, tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("tensorrt_rtx", reason="compiling needs the extra 'rtx'", exc_type=ImportError)
-    monkeypatch.setattr(trt_library, "local_gpu", lambda: None)
+    monkeypatch.setattr(trt_bindings, "local_gpu", lambda: None)
     done = open_bundle(sealed).rebuild(tmp_path, target="rtx-sm89")
     assert done.engine.path.name == "model.engine"
     assert done.proof.subject == "the ONNX graph on this CPU"

@@ -9,7 +9,7 @@ import deploy_sparse
 from deploy_sparse import api, zoo
 from deploy_sparse.cli.main import main
 from deploy_sparse.engine.target import load_target
-from deploy_sparse.engine.trt import library as trt_library
+from deploy_sparse.engine.trt import bindings as trt_bindings
 from deploy_sparse.errors import ConfigError
 from deploy_sparse.surgery import SurgeryPlan
 from deploy_sparse.surgery.packed import PackedConv2d
@@ -136,7 +136,7 @@ def test_the_batch_is_what_the_target_is_tuned_for(made, monkeypatch):
 
 def test_a_target_that_does_not_run_here_is_refused(made):
     pytest.importorskip("tensorrt_rtx")
-    if trt_library.local_gpu() is not None:
+    if trt_bindings.local_gpu() is not None:
         pytest.skip("a GPU is here")
     with pytest.raises(ConfigError, match="'rtx-sm89' cannot be timed here"):
         deploy_sparse.compact(made, format="auto", target="rtx-sm89")

@@ -92,9 +92,9 @@ def test_verify_names_every_bad_engine_and_exits_with_2(capsys, store):
 
 def test_verify_here_also_refuses_engines_for_other_machines(capsys, store, monkeypatch):
     pytest.importorskip("tensorrt_rtx", reason="compiling needs the extra 'rtx'", exc_type=ImportError)
-    from deploy_sparse.engine.trt import library as trt_library
+    from deploy_sparse.engine.trt import bindings as trt_bindings
 
-    monkeypatch.setattr(trt_library, "local_gpu", lambda: None)
+    monkeypatch.setattr(trt_bindings, "local_gpu", lambda: None)
     engine = build_engine(entry(store, "small") / "model.onnx", "rtx-sm89", out=store, name="small")
     assert run(capsys, "verify", store) == (0, "3 of 3 engines good; 2 run here\n", "")
     code, out, _ = run(capsys, "verify", store, "--here")

@@ -13,7 +13,7 @@ from deploy_sparse.engine.build import build_engine
 from deploy_sparse.engine.entry import Engine
 from deploy_sparse.engine.onnx.export import export_onnx
 from deploy_sparse.engine.onnx.file import OnnxFile
-from deploy_sparse.engine.trt import library as trt_library
+from deploy_sparse.engine.trt import bindings as trt_bindings
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +64,7 @@ def engine(request: pytest.FixtureRequest, exported: OnnxFile, tmp_path: Path) -
     """One of a TensorRT flavour that runs on this machine's GPU."""
     target, library = request.param
     pytest.importorskip(library, reason=f"needs {library}", exc_type=ImportError)
-    if trt_library.local_gpu() is None:
+    if trt_bindings.local_gpu() is None:
         pytest.skip("no NVIDIA GPU here")
     engine = build_engine(exported, target, out=tmp_path)
     if reason := engine.runnable():

@@ -17,7 +17,7 @@ import torch
 from deploy_sparse.engine.blocks import plugin
 from deploy_sparse.engine.blocks.layout import BlockLayout, prepare
 from deploy_sparse.engine.cuda.gpu import Gpu
-from deploy_sparse.engine.trt import library as trt_library
+from deploy_sparse.engine.trt import bindings as trt_bindings
 from deploy_sparse.errors import BuildError, ConfigError, MissingDependencyError
 
 DataType = Enum("DataType", "FLOAT HALF BF16 INT32")
@@ -129,7 +129,7 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     trtp.op = types.SimpleNamespace(deploy_sparse=types.SimpleNamespace(block_conv2d=definition))
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     monkeypatch.setitem(sys.modules, "tensorrt.plugin", trtp)
-    monkeypatch.setattr(trt_library, "local_gpu", lambda: Gpu("NVIDIA H200", "SM90"))
+    monkeypatch.setattr(trt_bindings, "local_gpu", lambda: Gpu("NVIDIA H200", "SM90"))
     return types.SimpleNamespace(trt=trt, trtp=trtp, definition=definition)
 
 
@@ -254,7 +254,7 @@ def test_mistakes_are_named(tensorrt, monkeypatch: pytest.MonkeyPatch) -> None:
         plugin.add_block_conv2d(network, "x", layout_of().to("meta"))
     with pytest.raises(ConfigError, match=r"no row reads anything"):
         plugin.add_block_conv2d(network, "x", prepare(torch.ones(8, 8, 1, 1), []))
-    monkeypatch.setattr(trt_library, "local_gpu", lambda: None)
+    monkeypatch.setattr(trt_bindings, "local_gpu", lambda: None)
     with pytest.raises(BuildError, match=r"GPU of this machine, which has none(.|\n)*native form"):
         plugin.add_block_conv2d(network, "x", layout_of())
 
@@ -267,7 +267,7 @@ def test_without_tensorrt_or_without_its_plugins(tensorrt, monkeypatch: pytest.M
             raise ModuleNotFoundError(f"No module named {name!r}")
         return real(name, *rest)
 
-    monkeypatch.setattr(trt_library.importlib, "import_module", absent)
+    monkeypatch.setattr(trt_bindings.importlib, "import_module", absent)
     missing = "tensorrt"
     with pytest.raises(MissingDependencyError, match=r"tensorrt is not installed(.|\n)*pip install tensorrt"):
         plugin.add_block_conv2d(Network(), "x", layout_of())

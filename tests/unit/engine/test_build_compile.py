@@ -18,8 +18,8 @@ from onnx import helper, numpy_helper
 
 from deploy_sparse.engine.onnx.file import OnnxFile, read_onnx
 from deploy_sparse.engine.target import load_target
-from deploy_sparse.engine.trt import library as trt_library
-from deploy_sparse.engine.trt.library import compile_onnx
+from deploy_sparse.engine.trt import bindings as trt_bindings
+from deploy_sparse.engine.trt.bindings import compile_onnx
 from deploy_sparse.engine.trt.messages import ran_out_of_memory, readable
 from deploy_sparse.engine.watch import Progress, Watch
 from deploy_sparse.errors import BuildError
@@ -111,7 +111,7 @@ def test_what_progress_raises_reaches_the_caller(deep: OnnxFile, capfd) -> None:
 
 INTERRUPTED = """
 import os, signal, sys
-from deploy_sparse.engine.trt.library import compile_onnx
+from deploy_sparse.engine.trt.bindings import compile_onnx
 from deploy_sparse.engine.onnx.file import read_onnx
 from deploy_sparse.engine.target import load_target
 from deploy_sparse.engine.watch import Watch
@@ -157,10 +157,10 @@ def test_ctrl_c_within_the_compiler(deep: OnnxFile) -> None:
 
 def test_threads_compile_one_after_the_other_and_can_be_stopped_while_they_wait(deep: OnnxFile) -> None:
     seen: list[Progress] = []
-    with trt_library._ONE_AT_A_TIME, pytest.raises(BuildError, match=r"limit of 0\.1 s"):
+    with trt_bindings._ONE_AT_A_TIME, pytest.raises(BuildError, match=r"limit of 0\.1 s"):
         compiled(deep, Watch(seen.append, time_limit_s=0.1))
     assert {p.what for p in seen} == {"waiting for another build of this process"}
-    assert not trt_library._ONE_AT_A_TIME.locked()
+    assert not trt_bindings._ONE_AT_A_TIME.locked()
 
 
 # Messages
@@ -224,7 +224,7 @@ def test_a_node_without_a_name_goes_by_what_it_writes(tmp_path: Path) -> None:
     ],
 )
 def test_too_little_memory_of_the_gpu(deep: OnnxFile, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
-    monkeypatch.setattr(trt_library, "_add_profile", lambda *_: trt_library._errors.append(said))
+    monkeypatch.setattr(trt_bindings, "_add_profile", lambda *_: trt_bindings._errors.append(said))
     with pytest.raises(BuildError, match=r"ran out of memory while it compiled for 'rtx-sm89': (.|\n)*workspace_mib"):
         compiled(deep)
 
@@ -233,7 +233,7 @@ def test_too_little_memory_of_the_machine(deep: OnnxFile, monkeypatch: pytest.Mo
     def parse(*_: object) -> None:
         raise MemoryError("std::bad_alloc")
 
-    monkeypatch.setattr(trt_library, "_parse", parse)
+    monkeypatch.setattr(trt_bindings, "_parse", parse)
     with pytest.raises(BuildError, match="no memory is left on this machine"):
         compiled(deep)
     monkeypatch.undo()
@@ -252,7 +252,7 @@ def test_weights_beside_the_graph_are_found_when_filled_in(path: Path | None, ar
     trt = SimpleNamespace(
         Refitter=lambda *_: SimpleNamespace(refit_cuda_engine=lambda: True), OnnxParserRefitter=lambda *_: parser
     )
-    assert trt_library.refitted(trt, "engine", b"graph", "logger", path)
+    assert trt_bindings.refitted(trt, "engine", b"graph", "logger", path)
     assert seen == [(b"graph", *arguments)]
 
 

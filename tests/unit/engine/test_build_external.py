@@ -24,7 +24,7 @@ from deploy_sparse.engine.onnx.runtime import OrtSession
 from deploy_sparse.engine.source import identity_of_file, payload_of
 from deploy_sparse.engine.store import read_store
 from deploy_sparse.engine.target import load_target
-from deploy_sparse.engine.trt.library import compile_onnx
+from deploy_sparse.engine.trt.bindings import compile_onnx
 from deploy_sparse.errors import ArtifactError, BuildError, ExportError
 
 X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))

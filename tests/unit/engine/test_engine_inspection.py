@@ -20,7 +20,7 @@ from deploy_sparse.engine.entry import Engine
 from deploy_sparse.engine.inspection import LayerInfo, TensorInfo, inspect_engine, parse_inspector
 from deploy_sparse.engine.onnx.file import OnnxFile
 from deploy_sparse.engine.onnx.nodes import nodes_of
-from deploy_sparse.engine.trt import library as trt_library
+from deploy_sparse.engine.trt import bindings as trt_bindings
 from deploy_sparse.errors import ArtifactError, EngineError
 
 # Written after NVIDIA's documentation of the engine inspector ("Engine Inspector", and for 11.x "Migrating
@@ -130,7 +130,7 @@ def test_an_engine_of_onnx_runtime_is_its_graph(built: Engine, exported: OnnxFil
 
 
 def test_an_engine_for_another_gpu_is_its_graph_and_says_why(built_rtx: Engine, monkeypatch) -> None:
-    monkeypatch.setattr(trt_library, "local_gpu", lambda: None)
+    monkeypatch.setattr(trt_bindings, "local_gpu", lambda: None)
     found = inspect_engine(built_rtx.folder)
     assert found.source == "ONNX graph"
     assert found.why is not None
@@ -166,9 +166,9 @@ def test_an_engine_that_runs_here_is_what_the_inspector_says(built_rtx: Engine, 
     version = built_rtx.manifest["runtime"]["version"]
     library = stand_in(shapes)
     library.__version__ = version
-    monkeypatch.setattr(trt_library, "local_gpu", lambda: Gpu("NVIDIA L4", "SM89"))
-    monkeypatch.setattr(trt_library, "library", lambda runtime: library)
-    monkeypatch.setattr(trt_library, "process_logger", lambda runtime: "logger")
+    monkeypatch.setattr(trt_bindings, "local_gpu", lambda: Gpu("NVIDIA L4", "SM89"))
+    monkeypatch.setattr(trt_bindings, "library", lambda runtime: library)
+    monkeypatch.setattr(trt_bindings, "process_logger", lambda runtime: "logger")
     found = inspect_engine(built_rtx)
     assert (found.source, found.why) == ("TensorRT's inspector", None)
     assert [layer.name for layer in found.layers] == ["conv1 + relu1"]

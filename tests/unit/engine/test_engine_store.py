@@ -19,7 +19,7 @@ from deploy_sparse.engine.entry import Engine, open_entry
 from deploy_sparse.engine.fit import gpu_takes, gpus, version_takes
 from deploy_sparse.engine.runner import load_engine
 from deploy_sparse.engine.store import read_store
-from deploy_sparse.engine.trt import library as trt_library
+from deploy_sparse.engine.trt import bindings as trt_bindings
 from deploy_sparse.errors import ArtifactError, EngineError, MissingDependencyError
 
 
@@ -131,7 +131,7 @@ def test_another_version_of_the_library_is_incompatible_another_gpu_is_not(
     old = plant(store, built_rtx, runtime={"name": "tensorrt-rtx", "version": "1.0.0.1"})
     now = plant(store, built_rtx, 1)
     for gpu in (None, Gpu("H100", "SM90"), Gpu("RTX 4090", "SM89")):
-        monkeypatch.setattr(trt_library, "local_gpu", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(trt_bindings, "local_gpu", lambda gpu=gpu: gpu)
         found = {entry.folder: entry for entry in read_store(store).entries}
         assert (found[old].state, found[old].runs_here) == ("incompatible", False)
         assert "it needs tensorrt-rtx 1.0.0.1: engines are not portable across versions" in found[old].why
@@ -154,8 +154,8 @@ def test_engine_whose_library_is_not_installed_stays(
     def absent(runtime: str):
         raise MissingDependencyError("tensorrt-rtx is not installed", expected="it", fix="pip install tensorrt-rtx")
 
-    monkeypatch.setattr(trt_library, "library", absent)
-    monkeypatch.setattr(trt_library, "local_gpu", lambda: Gpu("RTX 4090", "SM89"))
+    monkeypatch.setattr(trt_bindings, "library", absent)
+    monkeypatch.setattr(trt_bindings, "local_gpu", lambda: Gpu("RTX 4090", "SM89"))
     found = only(store)
     assert (found.state, found.runs_here) == ("good", False)
     assert "tensorrt-rtx is not installed" in found.why
@@ -220,8 +220,8 @@ def test_host_code_is_refused_unless_asked_before_anything_is_opened(
     )  # fmt: skip
     opened: list[dict[str, object]] = []
     library = type("tensorrt", (), {"__version__": "11.4.0.106"})
-    monkeypatch.setattr(trt_library, "library", lambda runtime: library)
-    monkeypatch.setattr(trt_library, "local_gpu", lambda: Gpu("L4", "SM89"))
+    monkeypatch.setattr(trt_bindings, "library", lambda runtime: library)
+    monkeypatch.setattr(trt_bindings, "local_gpu", lambda: Gpu("L4", "SM89"))
 
     class Session:
         def __init__(self, plan: bytes, runtime: str, rebuild: str, **options: object) -> None:

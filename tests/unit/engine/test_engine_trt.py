@@ -19,8 +19,8 @@ from deploy_sparse.engine.entry import Engine, open_entry
 from deploy_sparse.engine.onnx.file import OnnxFile, read_onnx
 from deploy_sparse.engine.runner import load_engine
 from deploy_sparse.engine.target import load_target
-from deploy_sparse.engine.trt import library as trt_library
-from deploy_sparse.engine.trt.library import compile_onnx
+from deploy_sparse.engine.trt import bindings as trt_bindings
+from deploy_sparse.engine.trt.bindings import compile_onnx
 from deploy_sparse.errors import ArtifactError, BuildError, EngineError, MissingDependencyError
 
 RTX = ("rtx-portable", "rtx-sm120", "rtx-sm80", "rtx-sm86", "rtx-sm89")
@@ -33,11 +33,11 @@ def rtx():
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt_library, "local_gpu", lambda: None)
+    monkeypatch.setattr(trt_bindings, "local_gpu", lambda: None)
 
 
 def gpu_is(monkeypatch: pytest.MonkeyPatch, name: str, capability: str) -> None:
-    monkeypatch.setattr(trt_library, "local_gpu", lambda: Gpu(name, capability))
+    monkeypatch.setattr(trt_bindings, "local_gpu", lambda: Gpu(name, capability))
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def uninstalled(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ModuleNotFoundError(f"No module named {name!r}")
         return real(name, *rest)
 
-    monkeypatch.setattr(trt_library.importlib, "import_module", absent)
+    monkeypatch.setattr(trt_bindings.importlib, "import_module", absent)
 
 
 def test_rtx_entry(built_rtx: Engine, exported: OnnxFile, rtx, no_gpu) -> None:
@@ -111,7 +111,7 @@ def test_precision_is_read_back_from_the_network(rtx, tmp_path: Path) -> None:
 
 def test_compiler_errors_reach_the_message(exported: OnnxFile, rtx, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        trt_library, "_add_profile", lambda *_: None
+        trt_bindings, "_add_profile", lambda *_: None
     )  # a dynamic network without a profile cannot compile
     with pytest.raises(BuildError, match=r"could not compile the network for 'rtx-sm80': .*optimization profile"):
         compile_onnx(exported.read(), load_target("rtx-sm80"), exported.inputs)
@@ -150,14 +150,14 @@ def test_runtime_is_checked_without_building(uninstalled) -> None:
 
 
 def test_runtime_check_knows_that_full_tensorrt_needs_a_gpu(no_gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt_library, "library", lambda runtime: object())
+    monkeypatch.setattr(trt_bindings, "library", lambda runtime: object())
     require_runtime(load_target("rtx-sm80"))  # compiles ahead of time
     with pytest.raises(BuildError, match=r"'tensorrt' compiles for the GPU of this machine, which has none"):
         require_runtime(load_target("tensorrt"))
 
 
 def test_missing_runtime_is_found_before_the_export(no_gpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(trt_library, "library", lambda runtime: SimpleNamespace(__version__="11.0"))
+    monkeypatch.setattr(trt_bindings, "library", lambda runtime: SimpleNamespace(__version__="11.0"))
     with pytest.raises(BuildError, match="which has none"):
         build_engine(tmp_path / "gone.onnx", "tensorrt", out=tmp_path)
 
@@ -166,13 +166,13 @@ def test_broken_library(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str):
         raise ImportError("libtensorrt_rtx.so.1: cannot open shared object file")
 
-    monkeypatch.setattr(trt_library.importlib, "import_module", broken)
+    monkeypatch.setattr(trt_bindings.importlib, "import_module", broken)
     with pytest.raises(MissingDependencyError, match=r"does not load \(libtensorrt_rtx\.so\.1"):
-        trt_library.library("tensorrt-rtx")
+        trt_bindings.library("tensorrt-rtx")
 
 
 def test_full_tensorrt_needs_a_gpu(exported: OnnxFile, no_gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt_library, "library", lambda runtime: object())
+    monkeypatch.setattr(trt_bindings, "library", lambda runtime: object())
     with pytest.raises(BuildError, match=r"'tensorrt' compiles for the GPU of this machine, which has none"):
         compile_onnx(exported.read(), load_target("tensorrt"), exported.inputs)
 
@@ -189,7 +189,7 @@ def test_loading_without_a_gpu(built_rtx: Engine, no_gpu) -> None:
 def test_loading_with_another_version(built_rtx: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu_is(monkeypatch, "RTX 4090", "SM89")
     other = type("library", (), {"__version__": "1.0.0.1"})
-    monkeypatch.setattr(trt_library, "library", lambda runtime: other)
+    monkeypatch.setattr(trt_bindings, "library", lambda runtime: other)
     with pytest.raises(EngineError) as caught:
         load_engine(built_rtx)
     assert "here: tensorrt-rtx 1.0.0.1" in str(caught.value)
@@ -258,7 +258,7 @@ def test_the_runner_calls_what_the_library_has(rtx) -> None:
     assert [
         f"{kind.__name__}.{name}" for kind, names in wanted.items() for name in names if not hasattr(kind, name)
     ] == []
-    assert {trt_library.data_type_name(t) for t in (rtx.float32, rtx.float16, rtx.bfloat16, rtx.int64, rtx.bool)} == {
+    assert {trt_bindings.data_type_name(t) for t in (rtx.float32, rtx.float16, rtx.bfloat16, rtx.int64, rtx.bool)} == {
         "float32",
         "float16",
         "bfloat16",

@@ -16,11 +16,11 @@ from deploy_sparse.config import config_from, keys_of
 from deploy_sparse.engine.cuda.gpu import Gpu
 from deploy_sparse.engine.onnx.file import OnnxFile, read_onnx
 from deploy_sparse.engine.target import RUNTIMES_OF, Extents, Target, list_targets, load_target
-from deploy_sparse.engine.trt import library as trt_library
+from deploy_sparse.engine.trt import bindings as trt_bindings
 from deploy_sparse.engine.trt import session as trt_session
 from deploy_sparse.engine.trt import timings
+from deploy_sparse.engine.trt.bindings import builder_library, compile_onnx, refitted
 from deploy_sparse.engine.trt.config import builder_config
-from deploy_sparse.engine.trt.library import builder_library, compile_onnx, refitted
 from deploy_sparse.engine.trt.timings import attach_timings, save_timings, timing_file
 from deploy_sparse.errors import BuildError, EngineError
 
@@ -36,7 +36,7 @@ def full(**values: object) -> Target:
 
 def real_config(rtx, target: Target):
     """A builder configuration of the real library, and the builder that must outlive it."""
-    builder = rtx.Builder(trt_library.process_logger("tensorrt-rtx"))
+    builder = rtx.Builder(trt_bindings.process_logger("tensorrt-rtx"))
     return builder_config(rtx, builder, target), builder
 
 
@@ -188,11 +188,11 @@ def test_a_library_without_what_is_asked_says_so(values: dict[str, object], mess
     [("tensorrt-a100", "SM80"), ("tensorrt-h100", "SM90"), ("tensorrt-l4", "SM89"), ("tensorrt-orin", "SM87")],
 )
 def test_a_target_for_one_gpu_is_built_on_that_gpu(name: str, capability: str, monkeypatch) -> None:
-    monkeypatch.setattr(trt_library, "library", lambda runtime: "the library")
-    monkeypatch.setattr(trt_library, "local_gpu", lambda: Gpu("Any", capability))
+    monkeypatch.setattr(trt_bindings, "library", lambda runtime: "the library")
+    monkeypatch.setattr(trt_bindings, "local_gpu", lambda: Gpu("Any", capability))
     assert builder_library(load_target(name)) == "the library"
     assert builder_library(load_target("tensorrt")) == "the library"
-    monkeypatch.setattr(trt_library, "local_gpu", lambda: Gpu("Tesla T4", "SM75"))
+    monkeypatch.setattr(trt_bindings, "local_gpu", lambda: Gpu("Tesla T4", "SM75"))
     assert builder_library(load_target("tensorrt")) == "the library"
     with pytest.raises(BuildError, match=rf"'{name}' .* which is a Tesla T4 \(SM75\)(.|\n)*{capability}") as caught:
         builder_library(load_target(name))
@@ -200,8 +200,8 @@ def test_a_target_for_one_gpu_is_built_on_that_gpu(name: str, capability: str, m
 
 
 def test_an_engine_for_another_gpu_names_a_target_that_fits_this_one(monkeypatch) -> None:
-    monkeypatch.setattr(trt_library, "library", lambda runtime: SimpleNamespace(__version__="11.4"))
-    monkeypatch.setattr(trt_library, "local_gpu", lambda: Gpu("H100", "SM90"))
+    monkeypatch.setattr(trt_bindings, "library", lambda runtime: SimpleNamespace(__version__="11.4"))
+    monkeypatch.setattr(trt_bindings, "local_gpu", lambda: Gpu("H100", "SM90"))
     for name, better in (("tensorrt-a100", "tensorrt"), ("tensorrt", "tensorrt")):
         manifest = {
             "runtime": {"name": "tensorrt", "version": "11.4"},
@@ -209,7 +209,7 @@ def test_an_engine_for_another_gpu_names_a_target_that_fits_this_one(monkeypatch
             "compute_capabilities": ["SM80"],
             "gpu": {"name": "A100", "capability": "SM80"},
         }
-        assert trt_library.obstacle(manifest).target == better
+        assert trt_bindings.obstacle(manifest).target == better
 
 
 # Weights that are filled in, and timings
@@ -329,8 +329,8 @@ def test_two_builds_keep_timings_with_the_real_calls(
 ) -> None:
     """RTX's library in the place of full TensorRT's: it has the same timing cache, though nothing goes into it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(trt_library, "library", lambda runtime: rtx)
-    monkeypatch.setattr(trt_library, "local_gpu", lambda: Gpu("H100", "SM90"))
+    monkeypatch.setattr(trt_bindings, "library", lambda runtime: rtx)
+    monkeypatch.setattr(trt_bindings, "local_gpu", lambda: Gpu("H100", "SM90"))
     path = timing_file(load_target("tensorrt"), rtx.__version__, "H100")
     for _ in range(2):
         assert len(compile_onnx(exported.read(), load_target("tensorrt"), exported.inputs).plan) > 1000
@@ -367,12 +367,12 @@ def test_compiling_attaches_and_saves_timings(
 ) -> None:
     """The order of calls, with RTX's library in the place of full TensorRT's."""
     calls: list[object] = []
-    monkeypatch.setattr(trt_library, "_timing_file", lambda trt, target: tmp_path / "t")
-    monkeypatch.setattr(trt_library, "attach_timings", lambda config, path: calls.append(("attach", path)) or "cache")
-    monkeypatch.setattr(trt_library, "save_timings", lambda config, cache, path: calls.append(("save", cache, path)))
+    monkeypatch.setattr(trt_bindings, "_timing_file", lambda trt, target: tmp_path / "t")
+    monkeypatch.setattr(trt_bindings, "attach_timings", lambda config, path: calls.append(("attach", path)) or "cache")
+    monkeypatch.setattr(trt_bindings, "save_timings", lambda config, cache, path: calls.append(("save", cache, path)))
     compile_onnx(exported.read(), load_target("rtx-sm89"), exported.inputs)
     assert calls == [("attach", tmp_path / "t"), ("save", "cache", tmp_path / "t")]
     monkeypatch.undo()
-    assert trt_library._timing_file(rtx, load_target("rtx-sm89")) is None
-    monkeypatch.setattr(trt_library, "local_gpu", lambda: Gpu("H100", "SM90"))
-    assert trt_library._timing_file(rtx, load_target("tensorrt")).name.endswith("-H100.cache")
+    assert trt_bindings._timing_file(rtx, load_target("rtx-sm89")) is None
+    monkeypatch.setattr(trt_bindings, "local_gpu", lambda: Gpu("H100", "SM90"))
+    assert trt_bindings._timing_file(rtx, load_target("tensorrt")).name.endswith("-H100.cache")

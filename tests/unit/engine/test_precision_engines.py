@@ -282,14 +282,14 @@ def test_gpus_without_the_format(rtx: None, tmp_path: Path) -> None:
 def test_a_parser_that_changes_types_is_noticed(rtx: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    from deploy_sparse.engine.trt import library as trt_library
+    from deploy_sparse.engine.trt import bindings as trt_bindings
 
-    compile_onnx = trt_library.compile_onnx
+    compile_onnx = trt_bindings.compile_onnx
 
     def other(*given: object, **named: object) -> object:
         return replace(compile_onnx(*given, **named), float_types=frozenset({"float32"}))
 
-    monkeypatch.setattr(trt_library, "compile_onnx", other)
+    monkeypatch.setattr(trt_bindings, "compile_onnx", other)
     with pytest.raises(BuildError, match="asked for fp16, but the parsed network is fp32"):
         build("packed", "rtx-sm89", tmp_path, "fp16")
 

@@ -27,8 +27,8 @@ from torch_trt_fake import (
 
 from deploy_sparse.engine.build import build_engine
 from deploy_sparse.engine.target import RUNTIMES_OF
-from deploy_sparse.engine.torch_trt import library as torch_trt_library
-from deploy_sparse.engine.torch_trt.library import builder_library, compile_options, library
+from deploy_sparse.engine.torch_trt import bindings as torch_trt_bindings
+from deploy_sparse.engine.torch_trt.bindings import builder_library, compile_options, library
 from deploy_sparse.errors import BuildError, ConfigError, MissingDependencyError
 
 
@@ -117,20 +117,20 @@ def test_precisions_that_it_does_not_take(precision: str) -> None:
 
 
 def test_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_trt_library.metadata, "version", lambda name: {"torch": "2.14.1"}[name])
-    monkeypatch.setattr(torch_trt_library.metadata, "PackageNotFoundError", KeyError)
+    monkeypatch.setattr(torch_trt_bindings.metadata, "version", lambda name: {"torch": "2.14.1"}[name])
+    monkeypatch.setattr(torch_trt_bindings.metadata, "PackageNotFoundError", KeyError)
     with pytest.raises(MissingDependencyError, match="torch-tensorrt is not installed") as problem:
         library()
     assert "pip install torch-tensorrt" in problem.value.fix
     monkeypatch.setattr(
-        torch_trt_library.metadata, "version", {"torch": "2.14.1", "torch-tensorrt-rtx": "2.14.0"}.__getitem__
+        torch_trt_bindings.metadata, "version", {"torch": "2.14.1", "torch-tensorrt-rtx": "2.14.0"}.__getitem__
     )
     with pytest.raises(MissingDependencyError, match="torch-tensorrt-rtx, which is, takes its place"):
         library()
 
 
 def test_no_driver(fake: FakeTorchTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_trt_library, "local_gpu", lambda: None)
+    monkeypatch.setattr(torch_trt_bindings, "local_gpu", lambda: None)
     with pytest.raises(MissingDependencyError, match="no NVIDIA driver or no GPU here"):
         library()
     with pytest.raises(MissingDependencyError, match="no NVIDIA driver"):
@@ -149,7 +149,7 @@ def test_made_for_another_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_an_import_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: str) -> None:
     site = tmp_path / "site"
     package(site, monkeypatch, "torch-tensorrt", f"{HERE}.0")
-    monkeypatch.setattr(torch_trt_library, "local_gpu", lambda: GPU)
+    monkeypatch.setattr(torch_trt_bindings, "local_gpu", lambda: GPU)
     monkeypatch.delitem(sys.modules, "torch_tensorrt", raising=False)
     lines = ["import logging", "logging.captureWarnings(True)", f"raise {raised}('libnvinfer.so.11: no such file')"]
     (site / "torch_tensorrt.py").write_text("\n".join(lines))
@@ -160,7 +160,7 @@ def test_an_import_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, r
 
 
 def test_asking_costs_no_torch() -> None:
-    program = "import sys, deploy_sparse.engine.torch_trt.library; print(*{'torch', 'torch_tensorrt', 'tensorrt'} & {*sys.modules})"
+    program = "import sys, deploy_sparse.engine.torch_trt.bindings; print(*{'torch', 'torch_tensorrt', 'tensorrt'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "\n"
 
 

@@ -37,9 +37,9 @@ from deploy_sparse.engine.cuda.gpu import Gpu
 from deploy_sparse.engine.entry import Engine, open_entry
 from deploy_sparse.engine.runner import load_engine
 from deploy_sparse.engine.target import Target
-from deploy_sparse.engine.torch_trt import library as torch_trt_library
+from deploy_sparse.engine.torch_trt import bindings as torch_trt_bindings
+from deploy_sparse.engine.torch_trt.bindings import obstacle, version_obstacle
 from deploy_sparse.engine.torch_trt.build import TorchTrtSource, compile_program, torch_trt_source
-from deploy_sparse.engine.torch_trt.library import obstacle, version_obstacle
 from deploy_sparse.engine.torch_trt.program import PART
 from deploy_sparse.engine.watch import Watch
 from deploy_sparse.errors import ArtifactError, BuildError, ConfigError, EngineError
@@ -354,13 +354,13 @@ def test_versions_are_told_without_an_import(engine: Engine, monkeypatch: pytest
     assert version_obstacle(engine.manifest) is None
     older = version_obstacle(changed(engine, "2.8.0, TensorRT 10.12.0.1"))
     assert getattr(older, "reason", None) == f"torch-tensorrt {HERE}.0"
-    monkeypatch.setattr(torch_trt_library.metadata, "version", {"torch": "2.14.1"}.__getitem__)
-    monkeypatch.setattr(torch_trt_library.metadata, "PackageNotFoundError", KeyError)
+    monkeypatch.setattr(torch_trt_bindings.metadata, "version", {"torch": "2.14.1"}.__getitem__)
+    monkeypatch.setattr(torch_trt_bindings.metadata, "PackageNotFoundError", KeyError)
     assert version_obstacle(changed(engine, "2.8.0, TensorRT 10.12.0.1")) is None
 
 
 def test_another_gpu(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_trt_library, "local_gpu", lambda: Gpu("NVIDIA L4", "SM89"))
+    monkeypatch.setattr(torch_trt_bindings, "local_gpu", lambda: Gpu("NVIDIA L4", "SM89"))
     with pytest.raises(EngineError, match=r"NVIDIA L4 \(SM89\)") as problem:
         load_engine(engine)
     assert "NVIDIA H100 80GB HBM3 (SM90), which it was tuned on" in problem.value.expected
@@ -372,7 +372,7 @@ def test_another_gpu(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_gpu(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_trt_library, "local_gpu", lambda: None)
+    monkeypatch.setattr(torch_trt_bindings, "local_gpu", lambda: None)
     assert "no NVIDIA GPU" in (engine.runnable() or "")
     with pytest.raises(EngineError, match="no NVIDIA GPU"):
         engine.open()

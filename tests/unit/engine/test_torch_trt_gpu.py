@@ -17,9 +17,9 @@ from torch_trt_fake import (
 
 from deploy_sparse.engine.cuda.gpu import local_gpu
 from deploy_sparse.engine.runner import load_engine
+from deploy_sparse.engine.torch_trt import bindings as torch_trt_bindings
 from deploy_sparse.engine.torch_trt import build as torch_trt_build
-from deploy_sparse.engine.torch_trt import library as torch_trt_library
-from deploy_sparse.engine.torch_trt.library import library
+from deploy_sparse.engine.torch_trt.bindings import library
 from deploy_sparse.errors import MissingDependencyError
 
 pytestmark = pytest.mark.gpu
@@ -71,9 +71,9 @@ def test_real_engines_with_parts_in_pytorch(
 ) -> None:
     network = make().eval()
     relu = {torch.ops.aten.relu.default}
-    asked = torch_trt_library.compile_options
+    asked = torch_trt_bindings.compile_options
     monkeypatch.setattr(
-        torch_trt_build.torch_trt_library,
+        torch_trt_build.torch_trt_bindings,
         "compile_options",
         lambda *given: {**asked(*given), "torch_executed_ops": relu, "min_block_size": 1},
     )

@@ -26,9 +26,9 @@ from deploy_sparse.engine.build import build_engine
 from deploy_sparse.engine.cuda.gpu import Gpu
 from deploy_sparse.engine.entry import Engine as BuiltEngine
 from deploy_sparse.engine.target import Target
+from deploy_sparse.engine.torch_trt import bindings as torch_trt_bindings
 from deploy_sparse.engine.torch_trt import build as torch_trt_build
-from deploy_sparse.engine.torch_trt import library as torch_trt_library
-from deploy_sparse.engine.trt import library as trt_library
+from deploy_sparse.engine.trt import bindings as trt_bindings
 
 _SINCE_2_8 = frozenset({
     "exported_program", "inputs", "arg_inputs", "kwarg_inputs", "device", "disable_tf32", "assume_dynamic_shape_support",
@@ -216,9 +216,9 @@ def install(folder: Path, patch: pytest.MonkeyPatch, version: str = HERE) -> Fak
     patch.setitem(sys.modules, "torch_tensorrt", fake.module)
     patch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="11.1.0.106", __name__="tensorrt"))
     patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    for module in (torch_trt_library, torch_trt_build, trt_library):
+    for module in (torch_trt_bindings, torch_trt_build, trt_bindings):
         patch.setattr(module, "local_gpu", lambda: GPU)
-    patch.setattr(torch_trt_library, "DEVICE", "cpu")
+    patch.setattr(torch_trt_bindings, "DEVICE", "cpu")
     return fake
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from deploy_sparse.artifact import digest_of, read_json, sha256_file, write_json
-from deploy_sparse.engine.trt import library as trt_library
+from deploy_sparse.engine.trt import bindings as trt_bindings
 from deploy_sparse.errors import ArtifactError, ConfigError, Interrupted, MissingDependencyError
 from deploy_sparse.measure.line_plot import LinePlot, Series
 from deploy_sparse.measure.record import read_records
@@ -90,7 +90,7 @@ def test_a_missing_library_is_listed_and_the_rest_is_delivered(tmp_path, monkeyp
             "tensorrt_rtx is not installed", expected="it", fix="pip install 'deploy-sparse[rtx]'"
         )
 
-    monkeypatch.setattr(trt_library, "library", missing)
+    monkeypatch.setattr(trt_bindings, "library", missing)
     result, said = run(tmp_path, targets=("cpu", "rtx-sm89"))
     assert any("warning: rtx-sm89 is not built: tensorrt_rtx is not installed" in line for line in said)
     assert "pip install" in result["not_built"]["rtx-sm89"]
@@ -100,7 +100,7 @@ def test_a_missing_library_is_listed_and_the_rest_is_delivered(tmp_path, monkeyp
 
 def test_compiled_engines_are_listed_without_times(tmp_path):
     pytest.importorskip("tensorrt_rtx")
-    if trt_library.local_gpu() is not None:
+    if trt_bindings.local_gpu() is not None:
         pytest.skip("a GPU is here: the engines are timed")
     result, _ = run(tmp_path, targets=("cpu", "rtx-sm89"))
     assert {row[1] for row in result["timed"]["rows"]} == {"cpu"}
@@ -206,7 +206,7 @@ def test_nothing_that_can_be_built_is_an_error_before_and_after_training(tmp_pat
     def missing(runtime):
         raise MissingDependencyError("tensorrt_rtx is not installed", expected="it", fix="pip install tensorrt-rtx")
 
-    monkeypatch.setattr(trt_library, "library", missing)
+    monkeypatch.setattr(trt_bindings, "library", missing)
     with pytest.raises(MissingDependencyError, match="pip install tensorrt-rtx"):
         check_deploy(DeployConfig(targets=("rtx-sm89",)))
     check_deploy(DeployConfig(targets=("cpu", "rtx-sm89"), batches=(1,)))  # the CPU can

@@ -8,7 +8,7 @@ from torch import nn
 
 from deploy_sparse.artifact import read_json
 from deploy_sparse.engine.target import load_target
-from deploy_sparse.engine.trt import library as trt_library
+from deploy_sparse.engine.trt import bindings as trt_bindings
 from deploy_sparse.errors import ArtifactError, ConfigError, Interrupted, MissingDependencyError
 from deploy_sparse.surgery import SurgeryPlan, compact
 from deploy_sparse.ticket import ModelRef, Provenance, Ticket
@@ -237,7 +237,7 @@ def test_unknown_formats_are_refused():
 def test_a_format_by_timing_on_a_target_that_does_not_run_here_is_refused_before_training(monkeypatch):
     """A library that is missing is named as such; else it is the machine."""
     pytest.importorskip("tensorrt_rtx")
-    if trt_library.local_gpu() is None:
+    if trt_bindings.local_gpu() is None:
         with pytest.raises(ConfigError, match=r"'rtx-sm89' cannot be timed here: .*no NVIDIA GPU"):
             check_deploy(DeployConfig(targets=("rtx-sm89", "cpu"), batches=(1,), format="auto"))
     check_deploy(DeployConfig(targets=("cpu", "rtx-sm89"), batches=(1,), format="auto"))
@@ -248,7 +248,7 @@ def test_a_format_by_timing_needs_the_first_targets_library(monkeypatch):
     def missing(runtime):
         raise MissingDependencyError("tensorrt_rtx is not installed", expected="it", fix="pip install tensorrt-rtx")
 
-    monkeypatch.setattr(trt_library, "library", missing)
+    monkeypatch.setattr(trt_bindings, "library", missing)
     with pytest.raises(MissingDependencyError, match="tensorrt_rtx is not installed"):
         check_deploy(DeployConfig(targets=("rtx-sm89", "cpu"), batches=(1,), format="auto"))
 

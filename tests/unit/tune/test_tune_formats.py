@@ -17,7 +17,7 @@ from planner_samples import (
 from torch import nn
 
 from deploy_sparse.engine.target import load_target
-from deploy_sparse.engine.trt import library as trt_library
+from deploy_sparse.engine.trt import bindings as trt_bindings
 from deploy_sparse.errors import BuildError, ConfigError, EngineError, ExportError, Interrupted, SurgeryError
 from deploy_sparse.surgery import load_compact
 from deploy_sparse.ticket import Ticket
@@ -341,7 +341,7 @@ def test_a_ticket_without_any_structure_is_deployed_dense_and_nothing_is_timed(m
 
 def test_a_target_that_does_not_run_here_is_refused_before_anything_else(monkeypatch):
     pytest.importorskip("tensorrt_rtx")
-    if trt_library.local_gpu() is not None:
+    if trt_bindings.local_gpu() is not None:
         pytest.skip("a GPU is here")
     monkeypatch.setattr(formats, "compact", lambda *_, **__: pytest.fail("surgery first"))
     with pytest.raises(ConfigError) as caught:

@@ -19,7 +19,6 @@ from ...errors import BuildError, MissingDependencyError
 from ..cuda.gpu import local_gpu
 from ..fit import Obstacle, gpu_takes, release, version_takes
 from ..target import Target
-from ..trt import library as trt_library
 
 _INSTALL = (
     "pip install torch-tensorrt (the extra 'torch-tensorrt'; TensorRT's libraries come from NVIDIA's own package index)"
@@ -86,7 +85,9 @@ def version() -> str:
     Raises:
         MissingDependencyError: as :func:`library`.
     """
-    return f"{library().__version__}, TensorRT {trt_library.library('tensorrt').__version__}"
+    from ..trt.bindings import library as tensorrt
+
+    return f"{library().__version__}, TensorRT {tensorrt('tensorrt').__version__}"
 
 
 def compile_options(compiler: Callable[..., Any], target: Target, timings: str, operators: int) -> dict[str, Any]:
