@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -21,6 +20,7 @@ from .masked import computed_weights
 from .sparsify import entry_scores
 from .sparsify._passes import held_batches
 from .sparsify.channel_scores import OF_DATA, channel_scores
+from .sparsify.coupling import narrowable
 from .sparsify.distribution import Distribution, densities
 from .sparsify.imp import dense_masks
 from .sparsify.oneshot import SOURCES, source_masks
@@ -321,19 +321,8 @@ def _channel_masks(
     choice: _Choice, groups: Sequence[ChannelGroup], exclude: Sequence[str], multiple: int
 ) -> dict[str, torch.Tensor]:
     """Rows of every layer that can be narrowed, chosen together where layers are coupled."""
-    names = list(dict.fromkeys(p.weight.name for g in groups if g.pinned is None for p in g.producers))
-    for pattern in exclude:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(
-                f"exclude pattern {pattern!r} matches no layer that can be narrowed",
-                expected=f"patterns of {', '.join(names[:4])} …",
-                fix="mend or drop the pattern",
-            )
-    masks = {
-        name: torch.ones_like(choice.weights[name], dtype=torch.bool)
-        for name in names
-        if not any(fnmatchcase(name, pattern) for pattern in exclude)
-    }
+    names = narrowable(groups, exclude)
+    masks = {name: torch.ones_like(choice.weights[name], dtype=torch.bool) for name in names}
     pools = silent_pools(masks, groups, together=True)
     if not pools:
         reasons = list(dict.fromkeys(group.pinned for group in groups if group.pinned is not None))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artifact import read_artifact
+from ..artifact import read_artifact, sha256_bytes
 from ..config import config_from
 from ..errors import ArtifactError, ConfigError
 from .target import Target, in_precision, load_target
@@ -166,3 +166,24 @@ def open_entry(path: str | Path, *, hashes: bool = True) -> Engine:
             fix=f"build it again: {REMAKE}",
         ) from problem
     return engine
+
+
+def verified_bytes(engine: Engine, path: Path, *, during: str = "read") -> bytes:
+    """The very bytes that the manifest lists: hashed after reading, so that a file swapped in between is not used.
+
+    Args:
+        engine: a verified entry.
+        path: of one of its files.
+        during: what is done with them, for the message.
+
+    Raises:
+        ArtifactError: the file changed since the entry was verified.
+    """
+    data = path.read_bytes()
+    if sha256_bytes(data) != engine.manifest["files"][path.name]["sha256"]:
+        raise ArtifactError(
+            f"{path} changed while it was being {during}",
+            expected="a file nobody else writes",
+            fix=f"build it again: {engine.build_command()}",
+        )
+    return data

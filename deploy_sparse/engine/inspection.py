@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..artifact import sha256_bytes
-from ..errors import ArtifactError, EngineError
-from .entry import ONNX_FILE, Engine, open_entry
+from ..errors import EngineError
+from .entry import ONNX_FILE, Engine, open_entry, verified_bytes
 from .tensors import TensorSpec
 
 _FORMATS = {  # as TensorRT writes them, in either of its spellings -> as targets do
@@ -124,7 +123,7 @@ def inspect_engine(engine: str | Path | Engine) -> Inspection:
     from .onnx.nodes import nodes_of
 
     extents = {name: axis["opt"] for name, axis in found.axes.items()}
-    nodes = nodes_of(_bytes(found, found.folder / ONNX_FILE), extents)
+    nodes = nodes_of(verified_bytes(found, found.folder / ONNX_FILE), extents)
     return Inspection("ONNX graph", why, nodes, samples_of(found.inputs))
 
 
@@ -193,7 +192,7 @@ def _inspector_text(engine: Engine) -> str:
     trt = library(engine.target.runtime)
     runtime = trt.Runtime(process_logger(engine.target.runtime))  # must outlive the engine
     runtime.engine_host_code_allowed = False
-    plan = runtime.deserialize_cuda_engine(_bytes(engine, engine.path))
+    plan = runtime.deserialize_cuda_engine(verified_bytes(engine, engine.path))
     context = None if plan is None else plan.create_execution_context()
     if context is None:
         raise EngineError(
@@ -207,15 +206,3 @@ def _inspector_text(engine: Engine) -> str:
     inspector = plan.create_engine_inspector()
     inspector.execution_context = context
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-
-
-def _bytes(engine: Engine, path: Path) -> bytes:
-    """The very bytes that the manifest lists."""
-    data = path.read_bytes()
-    if sha256_bytes(data) != engine.manifest["files"][path.name]["sha256"]:
-        raise ArtifactError(
-            f"{path} changed while it was being read",
-            expected="a file nobody else writes",
-            fix=f"build it again: {engine.build_command()}",
-        )
-    return data

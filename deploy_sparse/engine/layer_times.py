@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
-from ..errors import ArtifactError, EngineError
-from .entry import ONNX_FILE, Engine
+from ..errors import EngineError
+from .entry import ONNX_FILE, Engine, verified_bytes
 from .tensors import Feeds
 
 if TYPE_CHECKING:
@@ -131,17 +131,7 @@ def graph_bytes(engine: Engine) -> bytes:
     Raises:
         ArtifactError: it has another.
     """
-    from ..artifact import sha256_bytes
-
-    path = engine.folder / ONNX_FILE
-    data = path.read_bytes()
-    if sha256_bytes(data) != engine.manifest["files"][path.name]["sha256"]:
-        raise ArtifactError(
-            f"{path} changed while it was being read",
-            expected="a file nobody else writes",
-            fix=f"build it again: {engine.build_command()}",
-        )
-    return data
+    return verified_bytes(engine, engine.folder / ONNX_FILE)
 
 
 def middle_mean(values: Sequence[float]) -> float:

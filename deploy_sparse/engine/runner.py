@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import numpy as np
 
-from ..artifact import sha256_bytes
-from ..errors import ArtifactError, EngineError
-from .entry import ONNX_FILE, Engine, open_entry
+from ..errors import EngineError
+from .entry import ONNX_FILE, Engine, open_entry, verified_bytes
 from .fit import obstacle
 from .layer_times import EngineTimes, Floors, layer_times
 from .pool import Gate
@@ -263,7 +262,7 @@ def _gpu_session(engine: Engine, allow_host_code: bool, contexts: int, cuda_grap
         )
     from .trt.session import TrtSession
 
-    weights = _verified(engine, engine.folder / ONNX_FILE) if engine.target.strip else None
+    weights = verified_bytes(engine, engine.folder / ONNX_FILE, during="loaded") if engine.target.strip else None
     return TrtSession(
         _engine_bytes(engine),
         engine.target.runtime,
@@ -309,16 +308,4 @@ def _torch_session(engine: Engine, cuda_graph: bool) -> Session:
 
 
 def _engine_bytes(engine: Engine) -> bytes:
-    return _verified(engine, engine.path)
-
-
-def _verified(engine: Engine, path: Path) -> bytes:
-    """The very bytes that were verified: hashed after reading, so that a file swapped in between is not run."""
-    data = path.read_bytes()
-    if sha256_bytes(data) != engine.manifest["files"][path.name]["sha256"]:
-        raise ArtifactError(
-            f"{path} changed while it was being loaded",
-            expected="a file nobody else writes",
-            fix=f"build it again: {engine.build_command()}",
-        )
-    return data
+    return verified_bytes(engine, engine.path, during="loaded")

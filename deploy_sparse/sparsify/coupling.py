@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
 import torch
@@ -144,3 +145,20 @@ def _pool(group: ChannelGroup, rows: Sequence[Slice]) -> ChannelPool:
 
 def _renumbered(part: Slice, local: Mapping[int, int]) -> Slice:
     return Slice(part.name, part.dim, tuple(local.get(channel, -1) for channel in part.channels))
+
+
+def narrowable(groups: Sequence[ChannelGroup], exclude: Sequence[str]) -> list[str]:
+    """Names of the weights that write channels which may go, less those that a pattern of ``exclude`` matches.
+
+    Raises:
+        ConfigError: a pattern that matches none of them.
+    """
+    names = list(dict.fromkeys(p.weight.name for g in groups if g.pinned is None for p in g.producers))
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(
+                f"exclude pattern {pattern!r} matches no layer that can be narrowed",
+                expected=f"patterns of {', '.join(names[:4])} …",
+                fix="mend or drop the pattern",
+            )
+    return [name for name in names if not any(fnmatchcase(name, pattern) for pattern in exclude)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..sparsify import entry_scores
 from ..sparsify._passes import held_batches
 from ..sparsify.allocation import Allocation, LatencyBudget
 from ..sparsify.channel_scores import OF_DATA, OF_WEIGHTS, channel_scores
-from ..sparsify.coupling import channel_pools
+from ..sparsify.coupling import channel_pools, narrowable
 from ..sparsify.refill import refill_within
 from ..sparsify.worth import Worth
 from ..structure import ChannelGroup, Masks, density
@@ -201,18 +200,8 @@ def _narrowable(
     weights: Mapping[str, torch.Tensor], groups: Sequence[ChannelGroup], given: Masks, exclude: Sequence[str]
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     """Masks of the weights that write channels that may go, and the axis along which each writes them."""
-    names = list(dict.fromkeys(p.weight.name for g in groups if g.pinned is None for p in g.producers))
-    for pattern in exclude:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(
-                f"exclude pattern {pattern!r} matches no layer that can be narrowed",
-                expected=f"patterns of {', '.join(names[:4])} …",
-                fix="mend or drop the pattern",
-            )
     masks = {
-        name: given.get(name, torch.ones_like(weights[name], dtype=torch.bool))
-        for name in names
-        if not any(fnmatchcase(name, pattern) for pattern in exclude)
+        name: given.get(name, torch.ones_like(weights[name], dtype=torch.bool)) for name in narrowable(groups, exclude)
     }
     writers = [rows for pool in channel_pools(masks, groups, "prune_skip") for rows in pool.writers]
     if not writers:

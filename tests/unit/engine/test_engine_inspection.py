@@ -13,7 +13,6 @@ import pytest
 from engine_samples import write_graph
 from onnx import TensorProto, helper, numpy_helper
 
-from deploy_sparse.engine import inspection
 from deploy_sparse.engine.build import build_engine
 from deploy_sparse.engine.cuda.gpu import Gpu
 from deploy_sparse.engine.entry import Engine
@@ -182,7 +181,7 @@ def test_damaged_or_without_a_graph(entry: Path, tmp_path: Path, tiny, examples,
     program = build_engine(tiny, "torch-cpu", examples, tmp_path / "out")
     with pytest.raises(EngineError, match="holds no ONNX graph, as its runtime is torch"):
         inspect_engine(program)
-    monkeypatch.setattr(inspection, "sha256_bytes", lambda data: "0")
+    monkeypatch.setattr("deploy_sparse.engine.entry.sha256_bytes", lambda data: "0")
     with pytest.raises(ArtifactError, match=r"model.onnx changed while it was being read"):
         inspect_engine(entry)
     (entry / "model.onnx").write_bytes(b"")
